@@ -1,0 +1,329 @@
+// Package store keeps what the daemon must not forget: the records of what it
+// wrote into processes, the operator's holds and choices, the floors below
+// which nothing may roll back, and a history that is only ever appended to.
+//
+// It is one bbolt file. A change and its history entry go into one
+// transaction: after a crash both are there or neither. Records are opaque
+// bytes here; what they mean is the agent's business.
+//
+// Memory is the truth about a process, the store a note about it: a damaged
+// file is set aside, never repaired and never deleted, and the agent finds its way
+// by reading the processes again.
+//
+// The package does not log and does not read the clock. A Store may be shared
+// between goroutines; a Tx belongs to the function it was given to.
+package store
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
+)
+
+// Format is the name and version of the file's layout.
+const Format = "hotpatchd-state/1"
+
+const formatName = "hotpatchd-state/"
+
+const (
+	// lockWait is how long Open waits for another daemon to let go: a restart
+	// of the service overlaps by less than this.
+	lockWait = 2 * time.Second
+	// maxDamaged bounds how many damaged files are kept; the last is replaced.
+	maxDamaged = 16
+)
+
+// Errors that callers tell apart.
+var (
+	// ErrInUse: another process has the file open.
+	ErrInUse = errors.New("state is in use by another hotpatchd")
+	// ErrNewer: the file was written by a newer version. It is left alone.
+	ErrNewer = errors.New("state was written by a newer hotpatchd")
+	// ErrDamaged: the file turned out to be damaged after it was opened.
+	// Nothing of the failed transaction was kept.
+	ErrDamaged = errors.New("state file is damaged")
+)
+
+// Damage tells of a file that could not be used and was set aside.
+type Damage struct {
+	Path  string // where the file was expected
+	Moved string // where it is now
+	Err   error  // what was wrong with it
+}
+
+func (d *Damage) String() string {
+	return fmt.Sprintf("state %s is damaged (%v); set aside as %s, begun anew", d.Path, d.Err, d.Moved)
+}
+
+// Store is the open state file.
+type Store struct {
+	db *bbolt.DB
+}
+
+var (
+	bucketMeta      = []byte("meta")
+	bucketRecords   = []byte("records")
+	bucketHolds     = []byte("holds")
+	bucketFloors    = []byte("floors")
+	bucketInstalled = []byte("installed")
+	bucketSettings  = []byte("settings")
+	bucketHistory   = []byte("history")
+
+	buckets = [][]byte{bucketMeta, bucketRecords, bucketHolds, bucketFloors, bucketInstalled, bucketSettings, bucketHistory}
+
+	keyFormat = []byte("format")
+)
+
+// Open opens the state file, or begins one. The folder is made if it is
+// missing; folder and file are for the daemon's user only.
+//
+// A damaged file is renamed to path.damaged-N and a new one begun; Damage then
+// says so, with a nil error. A file of a newer format is refused with ErrNewer, one that
+// is open elsewhere with ErrInUse; an error of the system (no right, no
+// space) is returned as it is and moves nothing.
+func Open(path string) (*Store, *Damage, error) {
+	if err := secureFolder(filepath.Dir(path)); err != nil {
+		return nil, nil, err
+	}
+	s, err := open(path)
+	if err == nil {
+		return s, nil, nil
+	}
+	if !isDamage(err) {
+		return nil, nil, err
+	}
+	moved, mvErr := setAside(path)
+	if mvErr != nil {
+		return nil, nil, fmt.Errorf("state %s is damaged (%v) and cannot be set aside: %w", path, err, mvErr)
+	}
+	damage := &Damage{Path: path, Moved: moved, Err: err}
+	s, err = open(path)
+	if err != nil {
+		return nil, damage, err
+	}
+	return s, damage, nil
+}
+
+// damaged marks an error as one of the file's content.
+type damaged struct{ err error }
+
+func (d damaged) Error() string        { return d.err.Error() }
+func (d damaged) Unwrap() error        { return d.err }
+func (d damaged) Is(target error) bool { return target == ErrDamaged }
+
+func isDamage(err error) bool { return errors.Is(err, ErrDamaged) }
+
+func open(path string) (*Store, error) {
+	info, err := os.Lstat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+	case err != nil:
+		return nil, fmt.Errorf("cannot open state: %w", err)
+	case !info.Mode().IsRegular():
+		return nil, fmt.Errorf("cannot open state: %s is not a regular file", path)
+	case info.Size() == 0:
+		// Bolt would take it for a new one; but a file of ours is never empty.
+		return nil, damaged{errors.New("the file is empty")}
+	}
+	db, err := openBolt(path)
+	if err != nil {
+		return nil, err
+	}
+	s := &Store{db: db}
+	if err := s.begin(); err != nil {
+		db.Close()
+		return nil, err
+	}
+	if err := secureFile(path); err != nil {
+		db.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
+// openBolt opens the file where a damaged page is an error, not our death.
+func openBolt(path string) (db *bbolt.DB, err error) {
+	err = guard(func() error {
+		var err error
+		db, err = bbolt.Open(path, 0o600, &bbolt.Options{Timeout: lockWait, FreelistType: bbolt.FreelistMapType})
+		return err
+	})
+	var pathErr *fs.PathError
+	var errno syscall.Errno
+	switch {
+	case err == nil:
+		return db, nil
+	case isDamage(err):
+		return nil, err
+	case errors.Is(err, bolterrors.ErrTimeout):
+		return nil, fmt.Errorf("%w: %s", ErrInUse, path)
+	case errors.As(err, &pathErr), errors.As(err, &errno):
+		return nil, fmt.Errorf("cannot open state: %w", err)
+	}
+	return nil, damaged{err}
+}
+
+// begin checks the whole file, its format, and makes what is missing.
+func (s *Store) begin() error {
+	fresh := false
+	err := s.view(func(tx *bbolt.Tx) error {
+		if info, err := os.Stat(s.db.Path()); err == nil && info.Size() < tx.Size() {
+			return damaged{fmt.Errorf("%d bytes are missing at its end", tx.Size()-info.Size())}
+		}
+		meta := tx.Bucket(bucketMeta)
+		if meta == nil {
+			fresh = true
+			return nil
+		}
+		if err := checkFormat(string(meta.Get(keyFormat))); err != nil {
+			return err
+		}
+		// The walk comes first: it touches every page in this goroutine,
+		// where a fault is recovered; Check works in one of its own.
+		if err := walk(tx); err != nil {
+			return err
+		}
+		var first error
+		for err := range tx.Check() { // to the end, or its goroutine stays
+			if first == nil {
+				first = damaged{err}
+			}
+		}
+		if first != nil {
+			return first
+		}
+		return checkValues(&Tx{tx})
+	})
+	if err != nil || !fresh {
+		return err
+	}
+	return s.update(func(tx *bbolt.Tx) error {
+		for _, name := range buckets {
+			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
+				return err
+			}
+		}
+		return tx.Bucket(bucketMeta).Put(keyFormat, []byte(Format))
+	})
+}
+
+func checkFormat(found string) error {
+	if found == Format {
+		return nil
+	}
+	if v, ok := strings.CutPrefix(found, formatName); ok {
+		if n, err := strconv.Atoi(v); err == nil && n > 1 {
+			return fmt.Errorf("%w: it has format %q, this one knows %q", ErrNewer, found, Format)
+		}
+	}
+	return damaged{fmt.Errorf("format %q is not %q", found, Format)}
+}
+
+// walk reads every byte of every key and value.
+func walk(tx *bbolt.Tx) error {
+	var sum byte
+	err := tx.ForEach(func(name []byte, b *bbolt.Bucket) error {
+		return b.ForEach(func(k, v []byte) error {
+			if v == nil {
+				return damaged{fmt.Errorf("bucket %q holds a bucket", name)}
+			}
+			for _, c := range k {
+				sum ^= c
+			}
+			for _, c := range v {
+				sum ^= c
+			}
+			return nil
+		})
+	})
+	if err != nil {
+		return err
+	}
+	for _, name := range buckets {
+		if tx.Bucket(name) == nil {
+			return damaged{fmt.Errorf("bucket %q is missing", name)}
+		}
+	}
+	return nil
+}
+
+// checkValues decodes what the store itself understands.
+func checkValues(tx *Tx) error {
+	if _, err := tx.Holds(); err != nil {
+		return damaged{err}
+	}
+	if _, err := tx.Floors(); err != nil {
+		return damaged{err}
+	}
+	if _, err := tx.Installed(); err != nil {
+		return damaged{err}
+	}
+	return nil
+}
+
+// setAside renames a damaged file to the first free name.
+func setAside(path string) (string, error) {
+	moved := ""
+	for n := 1; n <= maxDamaged; n++ {
+		moved = fmt.Sprintf("%s.damaged-%d", path, n)
+		if _, err := os.Lstat(moved); errors.Is(err, fs.ErrNotExist) {
+			break
+		}
+	}
+	return moved, os.Rename(path, moved)
+}
+
+// Close lets go of the file.
+func (s *Store) Close() error { return s.db.Close() }
+
+// Path is where the file lies.
+func (s *Store) Path() string { return s.db.Path() }
+
+// Update runs fn in a transaction that is on disk when Update returns nil. If
+// fn or the disk fails nothing of it is kept. fn must not call the Store.
+func (s *Store) Update(fn func(*Tx) error) error {
+	return s.update(func(tx *bbolt.Tx) error { return fn(&Tx{tx}) })
+}
+
+// View runs fn on one consistent state. fn must be short (a long View keeps
+// old pages) and must not call the Store.
+func (s *Store) View(fn func(*Tx) error) error {
+	return s.view(func(tx *bbolt.Tx) error { return fn(&Tx{tx}) })
+}
+
+func (s *Store) update(fn func(*bbolt.Tx) error) error {
+	var own error // fn's errors go back as they are
+	err := guard(func() error {
+		return s.db.Update(func(tx *bbolt.Tx) error { own = fn(tx); return own })
+	})
+	if err != nil && own == nil && !isDamage(err) {
+		return fmt.Errorf("cannot write state: %w", err)
+	}
+	return err
+}
+
+func (s *Store) view(fn func(*bbolt.Tx) error) error {
+	return guard(func() error { return s.db.View(fn) })
+}
+
+// guard turns a panic or a memory fault of bolt on a damaged file into an error.
+func guard(fn func() error) (err error) {
+	old := debug.SetPanicOnFault(true)
+	defer debug.SetPanicOnFault(old)
+	defer func() {
+		if r := recover(); r != nil {
+			err = damaged{fmt.Errorf("%w: %v", ErrDamaged, r)}
+		}
+	}()
+	return fn()
+}
