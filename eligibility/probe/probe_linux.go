@@ -1,0 +1,35 @@
+package probe
+
+import (
+	"context"
+	"os"
+
+	"golang.org/x/sys/unix"
+
+	"hotpatchd/eligibility"
+)
+
+// Collect reads the facts of the device it runs on. rights asks the backend
+// what the system lets it do (target.Prober's Probe fits); it is bounded by ctx.
+// What the owner's policy says is not a fact and not asked here.
+func Collect(ctx context.Context, rights func(context.Context) (string, error)) eligibility.Facts {
+	return system.collect(ctx, uname(), rights)
+}
+
+// DeviceID is a stable name of this device: SHA-256 of a prefix of ours and the
+// machine id, as 64 hexadecimal digits.
+func DeviceID() (string, error) { return system.deviceID() }
+
+var system = root{os.DirFS("/")}
+
+func uname() name {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return name{err: err}
+	}
+	return name{
+		system:  unix.ByteSliceToString(u.Sysname[:]),
+		release: unix.ByteSliceToString(u.Release[:]),
+		machine: unix.ByteSliceToString(u.Machine[:]),
+	}
+}
