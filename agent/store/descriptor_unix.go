@@ -8,8 +8,9 @@ import (
 	"syscall"
 )
 
-// secureFolder makes the folder, or takes everybody else's rights on it away.
-// A folder of another user's is refused: its owner could swap the file.
+// secureFolder makes the folder for the daemon's user only. One that is there
+// already keeps its rights (it may be anything a configuration names), but is
+// refused if others could swap the file in it.
 func secureFolder(dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("cannot make the state folder: %w", err)
@@ -18,21 +19,33 @@ func secureFolder(dir string) error {
 	if err != nil {
 		return fmt.Errorf("cannot look at the state folder: %w", err)
 	}
-	if st, ok := info.Sys().(*syscall.Stat_t); ok && int(st.Uid) != os.Geteuid() && st.Uid != 0 {
-		return fmt.Errorf("cannot use %s as the state folder: it belongs to uid %d", dir, st.Uid)
+	if err := checkOwner("the state folder", dir, info); err != nil {
+		return err
 	}
-	if info.Mode().Perm() == 0o700 {
-		return nil
-	}
-	if err := os.Chmod(dir, 0o700); err != nil {
-		return fmt.Errorf("cannot protect the state folder: %w", err)
+	if info.Mode().Perm()&0o022 != 0 {
+		return fmt.Errorf("cannot use %s as the state folder: others may write to it (mode %v)", dir, info.Mode().Perm())
 	}
 	return nil
 }
 
+// secureFile takes everybody else's rights on the file away.
 func secureFile(path string) error {
+	info, err := os.Lstat(path)
+	if err != nil {
+		return fmt.Errorf("cannot look at the state: %w", err)
+	}
+	if err := checkOwner("the state", path, info); err != nil {
+		return err
+	}
 	if err := os.Chmod(path, 0o600); err != nil {
 		return fmt.Errorf("cannot protect the state: %w", err)
+	}
+	return nil
+}
+
+func checkOwner(what, path string, info os.FileInfo) error {
+	if st, ok := info.Sys().(*syscall.Stat_t); ok && int(st.Uid) != os.Geteuid() && st.Uid != 0 {
+		return fmt.Errorf("cannot use %s as %s: it belongs to uid %d", path, what, st.Uid)
 	}
 	return nil
 }

@@ -1,43 +1,62 @@
 package store
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"path/filepath"
 
 	"golang.org/x/sys/windows"
 )
 
-// secureFolder makes the folder, or takes everybody else's rights on it away.
-// A folder of another user's is refused: its owner could swap the file, and
-// anyone may make folders in ProgramData.
+// secureFolder makes the folder for SYSTEM, Administrators and the daemon's
+// user only. One that is there already keeps its rights (it may be anything a
+// configuration names), but is refused if it belongs to somebody else: anyone
+// may make folders in ProgramData.
 func secureFolder(dir string) error {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := os.MkdirAll(filepath.Dir(dir), 0o700); err != nil {
 		return fmt.Errorf("cannot make the state folder: %w", err)
 	}
-	self, err := ownSID()
-	if err != nil {
-		return fmt.Errorf("cannot tell who we are: %w", err)
+	err := os.Mkdir(dir, 0o700)
+	if err != nil && !errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("cannot make the state folder: %w", err)
 	}
-	sd, err := windows.GetNamedSecurityInfo(dir, windows.SE_FILE_OBJECT, windows.OWNER_SECURITY_INFORMATION)
-	if err != nil {
-		return fmt.Errorf("cannot look at the state folder: %w", err)
+	self, sidErr := ownSID()
+	if sidErr != nil {
+		return fmt.Errorf("cannot tell who we are: %w", sidErr)
 	}
-	owner, _, err := sd.Owner()
 	if err != nil {
-		return fmt.Errorf("cannot look at the state folder: %w", err)
-	}
-	if !owner.IsWellKnown(windows.WinLocalSystemSid) && !owner.IsWellKnown(windows.WinBuiltinAdministratorsSid) && !owner.Equals(self) {
-		return fmt.Errorf("cannot use %s as the state folder: it belongs to %s", dir, owner)
+		return checkOwner("the state folder", dir, self)
 	}
 	return protect(dir, "OICI", self)
 }
 
+// secureFile takes everybody else's rights on the file away.
 func secureFile(path string) error {
 	self, err := ownSID()
 	if err != nil {
 		return fmt.Errorf("cannot tell who we are: %w", err)
 	}
+	if err := checkOwner("the state", path, self); err != nil {
+		return err
+	}
 	return protect(path, "", self)
+}
+
+func checkOwner(what, path string, self *windows.SID) error {
+	sd, err := windows.GetNamedSecurityInfo(path, windows.SE_FILE_OBJECT, windows.OWNER_SECURITY_INFORMATION)
+	if err != nil {
+		return fmt.Errorf("cannot look at %s: %w", what, err)
+	}
+	owner, _, err := sd.Owner()
+	if err != nil {
+		return fmt.Errorf("cannot look at %s: %w", what, err)
+	}
+	if !owner.IsWellKnown(windows.WinLocalSystemSid) && !owner.IsWellKnown(windows.WinBuiltinAdministratorsSid) && !owner.Equals(self) {
+		return fmt.Errorf("cannot use %s as %s: it belongs to %s", path, what, owner)
+	}
+	return nil
 }
 
 // protect gives full control to SYSTEM, Administrators and the daemon's own

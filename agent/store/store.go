@@ -84,8 +84,8 @@ var (
 	keyFormat = []byte("format")
 )
 
-// Open opens the state file, or begins one. The folder is made if it is
-// missing; folder and file are for the daemon's user only.
+// Open opens the state file, or begins one. A folder that is missing is made;
+// it and the file are for the daemon's user only.
 //
 // A damaged file is renamed to path.damaged-N and a new one begun; Damage then
 // says so, with a nil error. A file of a newer format is refused with ErrNewer, one that
@@ -134,6 +134,10 @@ func open(path string) (*Store, error) {
 	case info.Size() == 0:
 		// Bolt would take it for a new one; but a file of ours is never empty.
 		return nil, damaged{errors.New("the file is empty")}
+	default:
+		if err := secureFile(path); err != nil {
+			return nil, err
+		}
 	}
 	db, err := openBolt(path)
 	if err != nil {
