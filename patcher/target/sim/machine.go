@@ -1,0 +1,278 @@
+package sim
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"io/fs"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	"hotpatchd/patcher/target"
+)
+
+// Machine is a simulated machine. It is safe for concurrent use.
+type Machine struct {
+	mu     sync.Mutex
+	files  files
+	images map[string]*image // parsed PE files, by file name
+	rand   *rand.Rand
+	procs  map[int]*process
+	faults []*Fault
+	ops    map[Op]int
+	total  int
+	now    time.Duration
+	epoch  uint64 // distinguishes lives and states of mappings
+	inode  uint64
+	nodes  map[string]uint64
+	dead   bool // we are dead, see Die
+	lives  int  // of ours: handles of an earlier one stay dead
+	wakes  map[chan struct{}]bool
+}
+
+var (
+	_ target.Backend = (*Machine)(nil)
+	_ target.Watcher = (*Machine)(nil)
+	_ target.Prober  = (*Machine)(nil)
+)
+
+// New makes a machine from a scene. The files it names are read from fsys,
+// which may be nil if it names none.
+func New(s *Scene, fsys fs.FS) (*Machine, error) {
+	return newMachine(s, tree{fsys})
+}
+
+func newMachine(s *Scene, f files) (*Machine, error) {
+	if err := s.validate(); err != nil {
+		return nil, fmt.Errorf("cannot make a simulated machine: %w", err)
+	}
+	m := &Machine{
+		files:  f,
+		images: map[string]*image{},
+		rand:   rand.New(rand.NewPCG(s.Seed, 0x68706174636864)),
+		procs:  map[int]*process{},
+		ops:    map[Op]int{},
+		epoch:  1,
+		nodes:  map[string]uint64{},
+		wakes:  map[chan struct{}]bool{},
+	}
+	for _, p := range s.Processes {
+		if _, err := m.Start(p); err != nil {
+			return nil, err
+		}
+	}
+	for _, x := range s.Faults {
+		m.FailAt(max(x.At, 1), x)
+	}
+	return m, nil
+}
+
+// Name is "sim".
+func (m *Machine) Name() string { return "sim" }
+
+// List tells of every process, in order of pid.
+func (m *Machine) List(ctx context.Context) ([]target.Info, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, fmt.Errorf("cannot list processes: %w", err)
+	}
+	if err := m.begin(OpList, nil); err != nil {
+		return nil, fmt.Errorf("cannot list processes: %w", err)
+	}
+	defer m.mu.Unlock()
+	list := make([]target.Info, 0, len(m.procs))
+	for _, p := range m.procs {
+		list = append(list, p.describe())
+	}
+	slices.SortFunc(list, func(a, b target.Info) int { return a.PID - b.PID })
+	return list, nil
+}
+
+// Open takes hold of one life.
+func (m *Machine) Open(ctx context.Context, id target.ID) (target.Process, error) {
+	fail := func(err error) (target.Process, error) {
+		return nil, &target.Error{Op: "open", ID: id, Err: err}
+	}
+	if err := ctx.Err(); err != nil {
+		return fail(err)
+	}
+	m.mu.Lock()
+	p := m.procs[id.PID]
+	m.mu.Unlock()
+	if p == nil || p.id != id {
+		p = nil
+	}
+	if err := m.begin(OpOpen, p); err != nil {
+		return fail(err)
+	}
+	defer m.mu.Unlock()
+	switch {
+	case p == nil || p.gone:
+		return fail(target.ErrGone)
+	case p.denied:
+		return fail(target.ErrDenied)
+	}
+	return &handle{m: m, p: p, info: p.describe(), life: m.lives}, nil
+}
+
+// Watch wakes at starts of processes and programs, forks, and modules mapped.
+func (m *Machine) Watch(ctx context.Context) (<-chan struct{}, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, fmt.Errorf("cannot watch processes: %w", err)
+	}
+	c := make(chan struct{}, 1)
+	m.mu.Lock()
+	m.wakes[c] = true
+	m.mu.Unlock()
+	context.AfterFunc(ctx, func() {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		delete(m.wakes, c)
+		close(c)
+	})
+	return c, nil
+}
+
+// wake needs the lock.
+func (m *Machine) wake() {
+	for c := range m.wakes {
+		select {
+		case c <- struct{}{}:
+		default: // a wake-up is waiting already
+		}
+	}
+}
+
+// Probe always says yes: a simulated machine allows everything its scene does not refuse.
+func (m *Machine) Probe(ctx context.Context) (string, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return fmt.Sprintf("a simulated machine of %d processes: nothing real is touched", len(m.procs)), ctx.Err()
+}
+
+// begin counts an operation, does what a fault says, and, with a nil error,
+// holds the lock; p is nil where there is no process. Faults that concern
+// bytes are left for the operation itself: beginBytes.
+func (m *Machine) begin(op Op, p *process) error {
+	_, err := m.beginBytes(op, p)
+	return err
+}
+
+// beginBytes is begin for reads, writes and flushes: short, torn and lying
+// faults and our own death in the middle of a write are handed over.
+func (m *Machine) beginBytes(op Op, p *process) (*Fault, error) {
+	pid := 0
+	if p != nil {
+		pid = p.id.PID
+	}
+	m.mu.Lock()
+	if m.dead {
+		m.mu.Unlock()
+		return nil, ErrDied
+	}
+	f := m.step(op, pid)
+	if f == nil {
+		return nil, nil
+	}
+	switch f.Do {
+	case Short, Torn, LieRead, LieWrite:
+		return f, nil
+	case Die:
+		if op == OpWrite {
+			return f, nil
+		}
+	case Hook:
+		m.mu.Unlock()
+		f.Then()
+		m.mu.Lock()
+		if m.dead {
+			m.mu.Unlock()
+			return nil, ErrDied
+		}
+		return nil, nil
+	}
+	if err := m.strike(f, p); err != nil {
+		m.mu.Unlock()
+		return nil, err
+	}
+	return nil, nil
+}
+
+// Ops counts the operations asked of this machine so far, those that failed too.
+func (m *Machine) Ops() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.total
+}
+
+// Count counts the operations of one kind so far.
+func (m *Machine) Count(op Op) int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if op == OpAny {
+		return m.total
+	}
+	return m.ops[op]
+}
+
+// Now is the simulated time since the machine was made: what its operations cost.
+func (m *Machine) Now() time.Duration {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.now
+}
+
+// cost is what an operation costs in simulated time: the order of magnitude of
+// the Linux backend on a quiet machine. Threads cost besides, at the freeze.
+func cost(op Op) time.Duration {
+	switch op {
+	case OpList:
+		return 500 * time.Microsecond
+	case OpRegions:
+		return 100 * time.Microsecond
+	case OpAlloc, OpProtect, OpFree:
+		return 1500 * time.Microsecond
+	case OpFreeze:
+		return 30 * time.Microsecond
+	}
+	return 2 * time.Microsecond
+}
+
+// threadCost is what stopping one thread adds to a freeze.
+const threadCost = 20 * time.Microsecond
+
+// Die simulates our own death, which may be in the middle of anything: every
+// process is let go as the kernel would let it go, and every operation fails
+// with ErrDied and does nothing until Revive.
+func (m *Machine) Die() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.die()
+}
+
+func (m *Machine) die() {
+	m.dead = true
+	for _, p := range m.procs {
+		if p.frozen != nil {
+			p.frozen.release(m, true)
+		}
+	}
+}
+
+// Revive is a new start of ours after Die. Handles from before stay dead.
+func (m *Machine) Revive() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.dead = false
+	m.lives++
+}
+
+// readAtMost reads a file of at most limit bytes.
+func readAtMost(f io.Reader, limit int64) ([]byte, error) {
+	b, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err == nil && int64(len(b)) > limit {
+		err = fmt.Errorf("more than %d bytes", limit)
+	}
+	return b, err
+}
