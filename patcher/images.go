@@ -1,0 +1,129 @@
+package patcher
+
+import (
+	"errors"
+	"fmt"
+	"path"
+	"strings"
+
+	"hotpatchd/patcher/target"
+	"hotpatchd/pe"
+)
+
+// Loaded is one PE image found in a process.
+type Loaded struct {
+	Base  target.Addr
+	Size  uint32 // SizeOfImage, bytes
+	Name  string // from the export directory, else the file's base name; "" if neither is known
+	Path  string // backing file, "" if the headers are not mapped from one
+	Image *pe.Image
+}
+
+// End is the first address after the image.
+func (l Loaded) End() target.Addr { return l.Base + target.Addr(l.Size) }
+
+// Is tells whether the image goes by this name, whatever the case and whether
+// the name comes from the export directory or from the file. A name is a
+// label: it selects candidates, never a match.
+func (l Loaded) Is(name string) bool {
+	if strings.EqualFold(l.Name, name) {
+		return true
+	}
+	return l.Path != "" && strings.EqualFold(baseName(l.Path), name)
+}
+
+// memory reads one image of a process by offset from its base.
+type memory struct {
+	p    target.Process
+	base target.Addr
+}
+
+func (m memory) ReadAt(b []byte, off int64) (int, error) {
+	return m.p.ReadAt(b, m.base+target.Addr(off))
+}
+
+// maxImages bounds the images of one process: real ones have a few hundred.
+const maxImages = 4096
+
+// Images finds the PE images with code in a process by walking its regions and
+// parsing headers: one way for all backends. A region whose bytes are not a
+// sane image is passed over: foreign memory may hold anything. Errors are
+// those of the process alone.
+func Images(p target.Process) ([]Loaded, error) {
+	regions, err := p.Regions()
+	if err != nil {
+		return nil, err
+	}
+	return imagesIn(p, regions)
+}
+
+func imagesIn(p target.Process, regions []target.Region) ([]Loaded, error) {
+	var found []Loaded
+	var end target.Addr
+	for _, r := range regions {
+		if !mayStartImage(r) || r.Start < end {
+			continue // further regions of an image already found
+		}
+		l, err := imageAt(p, r)
+		if err != nil {
+			if errors.Is(err, target.ErrGone) || errors.Is(err, target.ErrDenied) {
+				return nil, err
+			}
+			continue
+		}
+		found = append(found, l)
+		end = l.End()
+		if len(found) == maxImages {
+			return nil, fmt.Errorf("cannot list images of process %d: more than %d", p.Info().PID, maxImages)
+		}
+	}
+	return found, nil
+}
+
+// mayStartImage: headers are mapped from the start of a file, or anonymous.
+func mayStartImage(r target.Region) bool {
+	if r.Prot&target.Read == 0 || r.Size() < target.PageSize {
+		return false
+	}
+	return (r.Kind == target.File && r.Offset == 0) || r.Kind == target.Private
+}
+
+var errNoImage = errors.New("no image here")
+
+func imageAt(p target.Process, r target.Region) (Loaded, error) {
+	var mz [2]byte
+	if _, err := p.ReadAt(mz[:], r.Start); err != nil {
+		return Loaded{}, err
+	}
+	if mz != [2]byte{'M', 'Z'} {
+		return Loaded{}, errNoImage
+	}
+	im, err := pe.ParseMapped(memory{p, r.Start}, uint64(r.Start))
+	if err != nil {
+		return Loaded{}, err
+	}
+	if !hasCode(im) {
+		return Loaded{}, errNoImage // resource-only images; Wine's apisetschema.dll
+	}
+	l := Loaded{Base: r.Start, Size: im.SizeOfImage, Path: r.Path, Image: im}
+	if name, err := im.ExportName(); err == nil && name != "" {
+		l.Name = name
+	} else if r.Path != "" {
+		l.Name = baseName(r.Path)
+	}
+	return l, nil
+}
+
+func hasCode(im *pe.Image) bool {
+	for _, s := range im.Sections {
+		if s.Exec() {
+			return true
+		}
+	}
+	return false
+}
+
+// baseName takes the last element of a Linux or Windows path.
+func baseName(p string) string {
+	return path.Base(strings.ReplaceAll(p, `\`, "/"))
+}
