@@ -1,0 +1,244 @@
+package agent
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"github.com/pelletier/go-toml/v2"
+	"github.com/pelletier/go-toml/v2/unstable"
+)
+
+// maxDocument bounds a configuration or policy file, in bytes. Ours are below
+// 4 KiB; a policy with a thousand rules stays below 100.
+const maxDocument = 1 << 20
+
+// document is a TOML file, read strictly, that remembers where each key stands,
+// so that what is wrong with a value can be shown in the file, whoever finds it.
+type document struct {
+	file string
+	text []byte
+	at   map[string]unstable.Range // "repository.url", "deny[2]" → its value
+}
+
+// readDocument reads a regular file of bounded length.
+func readDocument(file string) ([]byte, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	if info, err := f.Stat(); err != nil {
+		return nil, err
+	} else if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s is not a regular file", file)
+	}
+	text, err := io.ReadAll(io.LimitReader(f, maxDocument+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(text) > maxDocument {
+		return nil, fmt.Errorf("%s is longer than %d bytes", file, maxDocument)
+	}
+	return text, nil
+}
+
+// decode fills into from text. The format is looked at first: a document for a
+// newer daemon is named as such, not by the first key that is new in it.
+func decode(file string, text []byte, format string, into any) (*document, error) {
+	d := &document{file: file, text: text, at: map[string]unstable.Range{}}
+	var head struct {
+		Format string `toml:"format"`
+	}
+	if err := toml.Unmarshal(text, &head); err != nil {
+		return nil, d.drawn(err)
+	}
+	d.index()
+	switch head.Format {
+	case format:
+	case "":
+		return nil, d.show(0, 0, "format is missing; the first line should be: format = %q", format)
+	default:
+		return nil, d.errorf("format", "this daemon reads %q, not %q; newer daemons may", format, head.Format)
+	}
+	if err := toml.NewDecoder(bytes.NewReader(text)).DisallowUnknownFields().Decode(into); err != nil {
+		return nil, d.drawn(err)
+	}
+	return d, nil
+}
+
+// drawn says in our words what the parser found, with file, line, column and
+// the line itself. Of several unknown keys the first is shown, the others named.
+func (d *document) drawn(err error) error {
+	var missing *toml.StrictMissingError
+	if errors.As(err, &missing) && len(missing.Errors) > 0 {
+		first := missing.Errors[0]
+		row, column := first.Position()
+		message := keyName(strings.Join(first.Key(), ".")) + ": no such key"
+		if more := len(missing.Errors) - 1; more > 0 {
+			message += fmt.Sprintf(" (and %d more)", more)
+		}
+		return d.show(row, column, "%s", message)
+	}
+	var bad *toml.DecodeError
+	if errors.As(err, &bad) {
+		row, column := bad.Position()
+		message := strings.TrimPrefix(bad.Error(), "toml: ")
+		// The parser names our Go types; an administrator has no use for them.
+		if what, _, ok := strings.Cut(message, " into "); ok {
+			message = strings.Replace(what, "cannot decode TOML ", "a wrong kind of value: ", 1)
+		}
+		if key := bad.Key(); len(key) > 0 {
+			message = keyName(strings.Join(key, ".")) + ": " + message
+		}
+		return d.show(row, column, "%s", message)
+	}
+	return fmt.Errorf("%s: %w", d.file, err)
+}
+
+// index notes where every value stands. The text has been parsed before, so
+// that nothing here can fail.
+func (d *document) index() {
+	p := unstable.Parser{}
+	p.Reset(d.text)
+	table := ""
+	for p.NextExpression() {
+		node := p.Expression()
+		switch node.Kind {
+		case unstable.Table, unstable.ArrayTable:
+			table = keyOf(node)
+		case unstable.KeyValue:
+			d.note(table, node)
+		}
+	}
+}
+
+// note notes a key's value, and what is inside it. Arrays and inline tables have
+// no place of their own: they stand where their key does.
+func (d *document) note(table string, pair *unstable.Node) {
+	key := keyOf(pair)
+	if table != "" {
+		key = table + "." + key
+	}
+	it := pair.Key()
+	it.Next()
+	d.noteValue(key, pair.Value(), it.Node().Raw)
+}
+
+func (d *document) noteValue(key string, value *unstable.Node, outer unstable.Range) {
+	where := value.Raw
+	if where.Length == 0 {
+		where = outer
+	}
+	d.at[key] = where
+	for i, it := 0, value.Children(); it.Next(); {
+		if child := it.Node(); child.Kind == unstable.KeyValue {
+			d.note(key, child)
+		} else {
+			d.noteValue(fmt.Sprintf("%s[%d]", key, i), child, where)
+			i++
+		}
+	}
+}
+
+func keyOf(n *unstable.Node) string {
+	var parts []string
+	for it := n.Key(); it.Next(); {
+		parts = append(parts, string(it.Node().Data))
+	}
+	return strings.Join(parts, ".")
+}
+
+// keyName writes a key as people know it from the file: "[repository] url".
+func keyName(key string) string {
+	table, name, ok := strings.Cut(key, ".")
+	if !ok {
+		return key
+	}
+	return "[" + table + "] " + name
+}
+
+// errorf is an error about the value of key, shown where it stands. A key that
+// is not in the file (a default that does not fit the rest) is only named.
+func (d *document) errorf(key, format string, args ...any) error {
+	message := keyName(key) + ": " + fmt.Sprintf(format, args...)
+	where, ok := d.at[key]
+	if !ok {
+		return d.show(0, 0, "%s", message)
+	}
+	before := d.text[:where.Offset]
+	row := bytes.Count(before, []byte("\n")) + 1
+	column := len(before) - (bytes.LastIndexByte(before, '\n') + 1) + 1
+	return d.show(row, column, "%s", message)
+}
+
+// excerpt bounds the length of the line that is drawn, in bytes.
+const excerpt = 160
+
+// show is an error with its place; row and column count from 1 (bytes), 0 = no place.
+func (d *document) show(row, column int, format string, args ...any) error {
+	message := visible(fmt.Sprintf(format, args...)) // keys and values come from the file
+	if row == 0 {
+		return fmt.Errorf("%s: %s", d.file, message)
+	}
+	line := ""
+	if lines := bytes.Split(d.text, []byte("\n")); row <= len(lines) {
+		line = strings.TrimRight(string(lines[row-1]), "\r")
+	}
+	head := fmt.Sprintf("%s:%d:%d: %s", d.file, row, column, message)
+	if column-1 > len(line) || column > excerpt {
+		return errors.New(head)
+	}
+	if len(line) > excerpt {
+		line = strings.ToValidUTF8(line[:excerpt], "") + "…"
+	}
+	number := strconv.Itoa(row)
+	blank := strings.Repeat(" ", len(number))
+	lead := strings.Repeat(" ", utf8.RuneCountInString(line[:min(column-1, len(line))]))
+	return fmt.Errorf("%s\n  %s | %s\n  %s | %s^", head, number, visible(line), blank, lead)
+}
+
+// visible keeps a line on its line: control characters become blanks.
+func visible(s string) string {
+	return strings.Map(func(r rune) rune {
+		if !strconv.IsPrint(r) {
+			return ' '
+		}
+		return r
+	}, s)
+}
+
+// duration parses the value of key, which must lie in min..max; "" is the default.
+func (d *document) duration(key, text string, fallback, least, most time.Duration) (time.Duration, error) {
+	if _, set := d.at[key]; !set {
+		return fallback, nil
+	}
+	v, err := time.ParseDuration(text)
+	if err != nil {
+		return 0, d.errorf(key, "%q is not a duration such as \"90s\", \"5m\" or \"1h30m\"", text)
+	}
+	if v < least || v > most {
+		return 0, d.errorf(key, "%s is not between %s and %s", text, least, most)
+	}
+	return v, nil
+}
+
+// oneOf checks a word.
+func (d *document) oneOf(key, word string, words ...string) error {
+	for _, w := range words {
+		if w == word {
+			return nil
+		}
+	}
+	quoted := make([]string, len(words))
+	for i, w := range words {
+		quoted[i] = strconv.Quote(w)
+	}
+	return d.errorf(key, "%q is none of %s", word, strings.Join(quoted, ", "))
+}
