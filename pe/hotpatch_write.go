@@ -50,12 +50,12 @@ func (e *editor) run(spec *HotPatchSpec) error {
 	if im.Characteristics&isDLL == 0 {
 		return badFile("file header", im.optional-2, "no DLL")
 	}
-	for dir, what := range map[int]string{dirSecurity: "it is signed: sign the result instead", dirBoundImport: "its imports are bound"} {
-		if im.Directories[dir].RVA != 0 {
-			return badFile("optional header", e.directory(dir), "%s", what)
-		}
-	}
-	if im.ndirs <= dirLoadConfig {
+	switch {
+	case im.Directories[dirSecurity].RVA != 0:
+		return badFile("optional header", e.directory(dirSecurity), "it is signed: sign the result instead")
+	case im.Directories[dirBoundImport].RVA != 0:
+		return badFile("optional header", e.directory(dirBoundImport), "its imports are bound")
+	case im.ndirs <= dirLoadConfig:
 		return badFile("optional header", im.optional+108, "%d data directories, no room for the load configuration", im.ndirs)
 	}
 	if err := spec.check(im); err != nil {

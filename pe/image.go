@@ -26,10 +26,8 @@ const (
 	dirDelayImport = 13
 )
 
-// Header fields that no other file needs are kept unexported: offsets for the
-// writer and for Canonical, the COFF symbol table for Symbols.
-//
-// An Image may be used by several goroutines if its reader may.
+// Image is a PE32+ image for amd64 or arm64: the fields of its headers, and
+// methods that read its directories. Sections ascend and do not overlap. An Image may be used by several goroutines if its reader may.
 type Image struct {
 	Machine          uint16
 	TimeDateStamp    uint32
@@ -54,14 +52,16 @@ type Image struct {
 	size      int64 // of the file, 0 when mapped
 	preferred uint64
 
-	optional  int64 // offset of the optional header
-	table     int64 // offset of the section table
-	symbols   uint32
-	nsymbols  uint32
-	ndirs     uint32
-	relocOnce sync.Mutex
-	relocs    []Reloc
-	relocsOK  bool
+	optional int64 // offset of the optional header
+	table    int64 // offset of the section table
+	symbols  uint32
+	nsymbols uint32
+	ndirs    uint32
+	head     []byte // start of the headers, while they are parsed
+
+	mu       sync.Mutex // guards what follows
+	relocs   []Reloc
+	relocsOK bool
 }
 
 // Parse reads the headers of the file in r, which has size bytes. Directories
@@ -96,13 +96,26 @@ func (im *Image) SetPreferredBase(base uint64) {
 	}
 }
 
-// header returns n bytes of the headers at off.
+// header returns n bytes of the headers at off. All common headers end in the
+// first page: one read of a live process shall do for a whole image.
 func (im *Image) header(where string, off int64, n int) ([]byte, error) {
 	if off < 0 || off+int64(n) > MaxHeaders {
 		return nil, im.badHeader(where, off, "%d bytes end beyond %d bytes of headers", n, MaxHeaders)
 	}
 	if !im.Mapped && off+int64(n) > im.size {
 		return nil, badFile(where, off, "%d bytes needed, the file has %d", n, im.size)
+	}
+	if im.head == nil {
+		im.head = make([]byte, pageSize)
+		if !im.Mapped {
+			im.head = im.head[:min(im.size, pageSize)]
+		}
+		if im.readAt(im.head, 0, where) != nil {
+			im.head = im.head[:0] // then piece by piece, to say where it fails
+		}
+	}
+	if off+int64(n) <= int64(len(im.head)) {
+		return im.head[off : off+int64(n)], nil
 	}
 	p := make([]byte, n)
 	if err := im.readAt(p, off, where); err != nil {
@@ -168,7 +181,9 @@ func (im *Image) parse() error {
 	if err := im.parseOptional(optSize); err != nil {
 		return err
 	}
-	return im.parseSections(nsect)
+	err = im.parseSections(nsect)
+	im.head = nil
+	return err
 }
 
 func (im *Image) parseOptional(size int) error {

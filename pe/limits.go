@@ -47,8 +47,8 @@ const (
 	// MaxFunctionRanges bounds further ranges of one replaced function.
 	MaxFunctionRanges = 1024
 	// MaxPlaced bounds what Place lays out in our memory: hotpatch images are
-	// small, and the limit keeps one within reach of a rel32.
-	MaxPlaced = 256 << 20
+	// small, and must lie within reach of a branch (ARM64: 128 MiB) besides.
+	MaxPlaced = 64 << 20
 )
 
 const (

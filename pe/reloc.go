@@ -17,8 +17,8 @@ const (
 // types, overlaps, and places outside the image are refused. The slice is
 // shared: do not change it.
 func (im *Image) Relocs() ([]Reloc, error) {
-	im.relocOnce.Lock()
-	defer im.relocOnce.Unlock()
+	im.mu.Lock()
+	defer im.mu.Unlock()
 	if im.relocsOK {
 		return im.relocs, nil
 	}

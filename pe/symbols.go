@@ -181,7 +181,7 @@ func (im *Image) coffSymbols() ([]Symbol, error) {
 		known := class == classExternal || class == classStatic || class == classWeakExternal
 		if known && name != "" && sect > 0 && int(sect) <= len(im.Sections) {
 			s := im.Sections[sect-1]
-			isSection := class == classStatic && aux > 0 && value == 0 && typ == 0
+			isSection := class == classStatic && aux > 0 && typ == 0 // with a section definition behind it
 			if value < s.Extent() && !isSection {
 				y := Symbol{Name: name, RVA: s.RVA + value, External: class != classStatic, Function: typ == typeFunction || s.Exec()}
 				if typ == typeFunction && aux > 0 {
