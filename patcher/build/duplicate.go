@@ -17,10 +17,11 @@ type variable struct {
 
 // checkData refuses a fix that has its own copy of a writable variable of the
 // base and uses it: old and new code would see different values. A copy that
-// only a __ref_ variable points at (which will point at the base) is harmless:
-// compilers that emit __ref_ variables leave such copies.
+// nothing but a __ref_ variable (which will point at the base), a copy that is
+// led back, or another such variable refers to is harmless: compilers that
+// emit __ref_ variables for a whole image leave such copies.
 func checkData(base, fix *file, dead []pe.Span) error {
-	var covered []variable
+	var copies []variable
 	for _, name := range fix.names() {
 		if linkerMade(name) || sectionName(name) || strings.HasPrefix(name, refPrefix) || fix.importName(name) {
 			continue
@@ -33,22 +34,19 @@ func checkData(base, fix *file, dead []pe.Span) error {
 			for _, r := range fix.byName[refPrefix+name] {
 				v.slot = r.RVA
 			}
-			if v.slot == 0 {
-				return refuse(CodeWritable, fix.role, name, s.RVA, "the base has this variable; the fix would use a copy. Declare it and import it from the base, or reach it by %s%s", refPrefix, name)
-			}
-			covered = append(covered, v)
+			copies = append(copies, v)
 		}
 	}
-	if len(covered) == 0 {
+	if len(copies) == 0 {
 		return nil
 	}
 	if fix.Machine != machineAMD64 {
-		return refuse(CodeWritable, fix.role, covered[0].name, covered[0].Begin, "the base has this variable, and uses of the fix's copy can be told apart on x64 only; import it from the base instead")
+		return refuse(CodeWritable, fix.role, copies[0].name, copies[0].Begin, "the base has this variable, and whether the fix uses its own copy can be told on x64 only; import it from the base")
 	}
-	if err := fix.checkPointers(covered); err != nil {
+	if err := fix.checkPointers(copies); err != nil {
 		return err
 	}
-	return fix.checkOperands(covered, dead)
+	return fix.checkOperands(copies, dead)
 }
 
 // dataEnd is where the next symbol behind a variable begins, or its section ends.
@@ -73,9 +71,9 @@ func within(list []variable, rva uint32) (variable, bool) {
 	return list[i], true
 }
 
-// checkPointers refuses an initialised pointer to a covered copy, other than
-// in its __ref_ variable or in another covered copy.
-func (f *file) checkPointers(covered []variable) error {
+// checkPointers refuses an initialised pointer to a copy, other than
+// in its __ref_ variable or in another copy.
+func (f *file) checkPointers(copies []variable) error {
 	for _, r := range f.relocs {
 		var p [8]byte
 		if r.Width() != 8 || f.ReadRVA(p[:], r.RVA) != nil {
@@ -85,11 +83,11 @@ func (f *file) checkPointers(covered []variable) error {
 		if to >= uint64(f.SizeOfImage) {
 			continue
 		}
-		v, hit := within(covered, uint32(to))
+		v, hit := within(copies, uint32(to))
 		if !hit || r.RVA == v.slot {
 			continue
 		}
-		if _, inCopy := within(covered, r.RVA); inCopy {
+		if _, inCopy := within(copies, r.RVA); inCopy {
 			continue
 		}
 		return refuse(CodeWritable, f.role, v.name, r.RVA, "a pointer of the fix leads to the fix's own copy of this variable of the base")
@@ -97,10 +95,10 @@ func (f *file) checkPointers(covered []variable) error {
 	return nil
 }
 
-// checkOperands refuses code that addresses a covered copy directly. Every
+// checkOperands refuses code that addresses a copy directly. Every
 // four bytes of code are read as a RIP-relative displacement, with each length
 // of what may follow: a false find only refuses.
-func (f *file) checkOperands(covered []variable, dead []pe.Span) error {
+func (f *file) checkOperands(copies []variable, dead []pe.Span) error {
 	for _, s := range f.Sections {
 		if !s.Exec() {
 			continue
@@ -116,9 +114,9 @@ func (f *file) checkOperands(covered []variable, dead []pe.Span) error {
 			}
 			disp := binary.LittleEndian.Uint32(code[i:])
 			for _, immediate := range []uint32{0, 1, 2, 4} {
-				v, hit := within(covered, at+4+immediate+disp)
+				v, hit := within(copies, at+4+immediate+disp)
 				if hit {
-					return refuse(CodeWritable, f.role, v.name, at, "code of the fix uses its own copy of this variable of the base; reach it by %s%s everywhere", refPrefix, v.name)
+					return refuse(CodeWritable, f.role, v.name, at, "code of the fix uses its own copy of this variable of the base: old and new code would see different values. Import it from the base, or reach it by %s%s everywhere", refPrefix, v.name)
 				}
 			}
 		}

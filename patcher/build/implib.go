@@ -27,7 +27,7 @@ func ImportLibrary(o ImportLibraryOptions) (library []byte, names int, ambiguous
 	}
 	var entries []importEntry
 	for _, name := range base.names() {
-		if linkerMade(name) || sectionName(name) || base.importName(name) {
+		if linkerMade(name) || sectionName(name) || base.importName(name) || name == "DllMain" {
 			continue
 		}
 		s, err := base.lookup(name)
