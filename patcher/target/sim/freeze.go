@@ -155,26 +155,32 @@ func (f *frozen) judge() {
 	if at, stale := f.p.mem.stale(); stale {
 		f.p.violate("threads let go while the instruction cache is stale at %s", at)
 	}
+	inside := map[target.Addr]target.Addr{} // place to the start of its run
 	for _, run := range merge(f.writes) {
-		inside := f.inside(run)
-		for _, t := range f.p.threads {
-			if inside[t.pc] {
-				f.p.violate("%s goes on at %s, inside code rewritten from %s", t.name(), t.pc, run.Start)
-			}
-			for _, sp := range f.stacks(t) {
-				f.eachWord(sp, func(at, w target.Addr) {
-					if inside[w] {
-						f.p.violate("%s returns to %s (word at %s), inside code rewritten from %s", t.name(), w, at, run.Start)
-					}
-				})
-			}
+		for _, at := range f.inside(run) {
+			inside[at] = run.Start
+		}
+	}
+	if len(inside) == 0 {
+		return
+	}
+	for _, t := range f.p.threads {
+		if start, ok := inside[t.pc]; ok {
+			f.p.violate("%s goes on at %s, inside code rewritten from %s", t.name(), t.pc, start)
+		}
+		for _, sp := range f.stacks(t) {
+			f.eachWord(sp, func(at, w target.Addr) {
+				if start, ok := inside[w]; ok {
+					f.p.violate("%s returns to %s (word at %s), inside code rewritten from %s", t.name(), w, at, start)
+				}
+			})
 		}
 	}
 }
 
 // inside are the places strictly inside a rewritten run where an instruction
 // of the old code began, if bytes changed there.
-func (f *frozen) inside(run target.Span) map[target.Addr]bool {
+func (f *frozen) inside(run target.Span) []target.Addr {
 	n := int(run.End - run.Start)
 	was, is := make([]byte, n+16), make([]byte, n)
 	was = was[:n+f.before.reach(run.End, 16, false)]
@@ -186,10 +192,10 @@ func (f *frozen) inside(run target.Span) map[target.Addr]bool {
 			last = i
 		}
 	}
-	places := map[target.Addr]bool{}
+	var places []target.Addr
 	for i := 0; i <= last; {
 		if i > 0 {
-			places[run.Start+target.Addr(i)] = true
+			places = append(places, run.Start+target.Addr(i))
 		}
 		i += length(f.p.info.Arch, was[i:])
 	}

@@ -254,6 +254,23 @@ func (m *Machine) Exec(pid int, s Process) (target.ID, error) {
 	return id, err
 }
 
+// SetGuards replaces what speaks against touching a process. A tracer among
+// them makes a freeze fail with ErrDenied.
+func (m *Machine) SetGuards(pid int, guards ...target.Guard) error {
+	return m.with(pid, "guard", func(p *process) error {
+		p.info.Guards = slices.Clone(guards)
+		return nil
+	})
+}
+
+// Deny lets the system refuse us the process from now on, or no longer.
+func (m *Machine) Deny(pid int, denied bool) error {
+	return m.with(pid, "deny", func(p *process) error {
+		p.denied = denied
+		return nil
+	})
+}
+
 // Fork makes a child with a copy of the memory, patched code included, and of
 // the first thread. A process that is frozen does not fork.
 func (m *Machine) Fork(pid int) (target.ID, error) {

@@ -61,7 +61,11 @@ type Victim interface {
 	Threads() int
 	// Alive tells whether the program that Start started is still running.
 	Alive() bool
-	// Exit ends it and returns when it is gone for every observer (reaped).
+	// Kill begins to end it and returns at once: while it is frozen it may have
+	// to be thawed before its end is complete.
+	Kill()
+	// Exit ends it and returns when it is gone for every observer (reaped). It
+	// is not called while the victim is frozen, and may be called again.
 	Exit()
 }
 

@@ -1,0 +1,208 @@
+package targettest
+
+import (
+	"context"
+	"sync"
+
+	"hotpatchd/patcher/target"
+)
+
+var listCases = []testCase{
+	{"list finds the victim", listFinds},
+	{"list leaves out what is over", listOver},
+	{"list from several goroutines", listConcurrently},
+	{"open refuses another life", openOther},
+	{"open twice", openTwice},
+	{"open what the system refuses", openDenied},
+	{"a closed handle does nothing", closed},
+	{"the watch wakes", watchWakes},
+	{"the probe speaks", probe},
+}
+
+func listFinds(e *env) {
+	v := e.start(Want{})
+	i := e.info(v)
+	if i.Arch != v.Arch() {
+		e.Errorf("arch %q, want %q", i.Arch, v.Arch())
+	}
+	if i.User == "" {
+		e.Error("no owner")
+	}
+	if i.Start == 0 {
+		e.Error("the life has no start")
+	}
+	if i.Host == "" {
+		e.Error("no host program")
+	}
+	if len(i.Guards) != 0 {
+		e.Errorf("guards of a process like any other: %v", i.Guards)
+	}
+	if got := e.open(v).Info(); got.ID != i.ID || got.Arch != i.Arch || got.User != i.User {
+		e.Errorf("Info of the handle %+v, List said %+v", got, i)
+	}
+}
+
+func listOver(e *env) {
+	v := e.start(Want{})
+	id := e.info(v).ID
+	v.Exit()
+	if i, ok := e.listed(id.PID); ok && i.ID == id {
+		e.Errorf("List tells of %s, which is over", id)
+	}
+}
+
+func listConcurrently(e *env) {
+	v := e.start(Want{})
+	id := e.info(v).ID
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for range 10 {
+				list, err := e.Backend.List(context.Background())
+				if err != nil {
+					e.Errorf("List: %v", err)
+					return
+				}
+				found := false
+				for n, i := range list {
+					found = found || i.ID == id
+					for _, j := range list[:n] {
+						if i.PID == j.PID {
+							e.Errorf("List tells of process %d twice", i.PID)
+						}
+					}
+				}
+				if !found {
+					e.Errorf("List of %d processes without %s", len(list), id)
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
+func openOther(e *env) {
+	v := e.start(Want{})
+	id := e.info(v).ID
+	ctx := context.Background()
+	_, err := e.Backend.Open(ctx, target.ID{PID: id.PID, Start: id.Start + 1})
+	e.wantErr("Open of a later life", err, target.ErrGone)
+	_, err = e.Backend.Open(ctx, target.ID{PID: id.PID})
+	e.wantErr("Open of a life without start", err, target.ErrGone)
+	v.Exit()
+	_, err = e.Backend.Open(ctx, id)
+	e.wantErr("Open of a life that is over", err, target.ErrGone)
+}
+
+func openTwice(e *env) {
+	v := e.start(Want{})
+	p, q := e.open(v), e.open(v)
+	at, n := v.Code()
+	b, c := make([]byte, n), make([]byte, n)
+	if _, err := p.ReadAt(b, at); err != nil {
+		e.Fatal(err)
+	}
+	e.must("Close", q.Close())
+	if _, err := p.ReadAt(c, at); err != nil {
+		e.Errorf("after the other handle was closed: %v", err)
+	}
+	if string(b) != string(c) {
+		e.Error("the code reads differently")
+	}
+	q = e.open(v)
+	f := e.freeze(p)
+	if _, err := q.Freeze(e.Context()); err == nil {
+		e.Error("a process that is held was frozen by another handle")
+	}
+	e.standstill(v, p)
+	if _, err := q.ReadAt(c, at); err != nil {
+		e.Errorf("read by another handle while frozen: %v", err)
+	}
+	e.must("Close", q.Close())
+	e.standstill(v, p)
+	e.thaw(f)
+	e.runs(v)
+}
+
+func openDenied(e *env) {
+	v := e.start(Want{Denied: true})
+	i := e.info(v)
+	if i.PID == 0 {
+		return
+	}
+	p, err := e.Backend.Open(e.Context(), i.ID)
+	if err == nil {
+		// A system may refuse later than at Open, but nothing of the process then.
+		defer p.Close()
+		at, _ := v.Code()
+		_, err = p.ReadAt(make([]byte, 1), at)
+	}
+	e.wantErr("Open or read", err, target.ErrDenied)
+}
+
+func closed(e *env) {
+	v := e.start(Want{})
+	p := e.open(v)
+	at, _ := v.Code()
+	e.must("Close", p.Close())
+	if err := p.Close(); err != nil {
+		e.Errorf("second Close: %v", err)
+	}
+	if _, err := p.ReadAt(make([]byte, 1), at); err == nil {
+		e.Error("ReadAt of a closed handle succeeds")
+	}
+	if f, err := p.Freeze(e.Context()); err == nil {
+		e.Error("Freeze of a closed handle succeeds")
+		f.Thaw()
+	}
+	if err := p.Alloc(at&^(pageSize-1), pageSize, target.Read); err == nil {
+		e.Error("Alloc of a closed handle succeeds")
+	}
+	e.runs(v)
+}
+
+func watchWakes(e *env) {
+	w, ok := e.Backend.(target.Watcher)
+	if !ok {
+		e.leaveOut("the backend is no Watcher")
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	c, err := w.Watch(ctx)
+	if err != nil {
+		e.leaveOut("needs a way to watch process starts: %v", err)
+	}
+	e.start(Want{})
+	woken := false
+	e.until("a process start wakes", func() bool {
+		select {
+		case _, woken = <-c:
+			if !woken {
+				e.Fatal("the channel was closed before ctx ended")
+			}
+			return true
+		default:
+			return false
+		}
+	})
+	cancel()
+	e.until("the channel is closed when ctx ends", func() bool {
+		select {
+		case _, open := <-c:
+			return !open
+		default:
+			return false
+		}
+	})
+}
+
+func probe(e *env) {
+	p, ok := e.Backend.(target.Prober)
+	if !ok {
+		e.leaveOut("the backend is no Prober")
+	}
+	s, err := p.Probe(e.Context())
+	if err != nil || s == "" {
+		e.Errorf("Probe: %q, %v", s, err)
+	}
+}
