@@ -1,0 +1,210 @@
+package repository
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"github.com/theupdateframework/go-tuf/v2/metadata"
+)
+
+// Config is what a client needs to know.
+type Config struct {
+	URL         string // file://, http:// or https://: the folder that holds metadata/ and targets/
+	Dir         string // the cache; of this client alone
+	InitialRoot []byte // root.json as it came with the config
+	Proxy       string // address of a proxy, "" for none
+	CAFile      string // PEM, trusted besides the system's
+	ClientCert  string // PEM, certificate and key in one file
+	Floors      Floors
+	Now         func() time.Time
+	// Progress is told how far a release has come, in bytes; may be nil.
+	Progress func(done, total int64)
+	// Notice is told what an auditor should see, such as a damaged file set
+	// aside; may be nil.
+	Notice func(text string)
+}
+
+// Client fetches and verifies. Safe for concurrent use; refreshes and
+// downloads wait for each other.
+type Client struct {
+	cfg       Config
+	transport *transport
+	cache     *cache
+
+	mu      sync.Mutex // all below, and the cache folder
+	root    []byte     // newest ever trusted
+	floors  Floors
+	catalog *Catalog // last verified, nil before the first
+}
+
+// Catalog is what one verified set of metadata offers.
+type Catalog struct {
+	Offers     []Offer // by target name
+	Skipped    []Skipped
+	Expires    time.Time // the earliest end of the metadata
+	ExpiresIn  string    // the file that ends then
+	Floors     Floors
+	NewestRoot []byte
+}
+
+// Ended tells whether the metadata has ended at now. Nothing new may be
+// applied from an ended catalog; what is applied stays.
+func (c *Catalog) Ended(now time.Time) bool { return now.After(c.Expires) }
+
+// New opens or makes the cache in cfg.Dir. It reads no network. A damaged
+// cache is set aside; a root of trust or settings that cannot work are errors.
+func New(cfg Config) (*Client, error) {
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.Notice == nil {
+		cfg.Notice = func(string) {}
+	}
+	t, err := newTransport(&cfg, sane)
+	if err != nil {
+		return nil, err
+	}
+	c, err := openCache(cfg.Dir, cfg.Notice)
+	if err != nil {
+		return nil, err
+	}
+	root, err := c.root(cfg.InitialRoot)
+	if err != nil {
+		return nil, err
+	}
+	return &Client{cfg: cfg, transport: t, cache: c, root: root, floors: cfg.Floors}, nil
+}
+
+// Floors are the highest versions verified so far, by this client or before.
+// They may have grown although Refresh failed: keep them either way.
+func (c *Client) Floors() Floors {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.floors
+}
+
+// Root is the newest root ever trusted.
+func (c *Client) Root() []byte {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.root
+}
+
+// Refresh asks the repository for newer metadata and returns what it offers
+// now. On error everything stays as it was, but for a newer root and higher
+// floors where those were verified before the failure. Errors are *Error.
+func (c *Client) Refresh(ctx context.Context) (*Catalog, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	kept, keptFiles, err := c.cache.load(c.root)
+	switch {
+	case err == nil:
+		// Versions that verified once are floors, even where the caller lost his.
+		c.floors = c.floors.raise(kept)
+	case CodeOf(err) == CodeStorage:
+		return nil, err
+	default:
+		keptFiles = nil
+	}
+	set, s, err := verify(c.root, c.source(ctx, keptFiles), c.cfg.Now())
+	if keptFiles != nil && CodeOf(err) != "" && s.reused(keptFiles) {
+		// A kept file may differ from one published again under its version.
+		set, s, err = verify(c.root, c.source(ctx, nil), c.cfg.Now())
+	}
+	return c.accept(set, s, err)
+}
+
+// accept takes over what a session verified, as far as it is not older than
+// what was trusted before.
+func (c *Client) accept(set *trustedSet, s *session, err error) (*Catalog, error) {
+	if set.root == nil {
+		return nil, err
+	}
+	if err != nil && set.timestamp == nil && set.root.Signed.Version < c.floors.Root {
+		return nil, err // the newer roots may yet come: not reached is not rolled back
+	}
+	if rollback := c.floors.check(set); rollback != nil {
+		return nil, rollback
+	}
+	if set.root.Signed.Version > c.floors.Root || string(set.rootBytes) != string(c.root) {
+		if err := writeFile(c.cache.rootPath(), set.rootBytes, 0o600); err != nil {
+			return nil, storage(err)
+		}
+		c.root = set.rootBytes
+	}
+	c.floors = c.floors.raise(set)
+	if err != nil {
+		return nil, err
+	}
+	catalog, err := c.read(set)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.cache.keep(set, s); err != nil {
+		return nil, err
+	}
+	c.catalog = catalog
+	return catalog, nil
+}
+
+// source asks the network, but for versioned files that are kept already.
+func (c *Client) source(ctx context.Context, kept *session) source {
+	return func(name string, limit int64) ([]byte, error) {
+		if kept != nil && name != "timestamp.json" {
+			if b, ok := kept.got[name]; ok {
+				return b, nil
+			}
+		}
+		return c.transport.document(ctx, name, limit)
+	}
+}
+
+// reused tells whether s was fed from what was kept.
+func (s *session) reused(kept *session) bool {
+	for name := range s.got {
+		if _, ok := kept.got[name]; ok && name != "timestamp.json" {
+			return true
+		}
+	}
+	return false
+}
+
+// read makes a catalog of a complete set.
+func (c *Client) read(set *trustedSet) (*Catalog, error) {
+	offers, skipped, err := readOffers(set.targets.Signed.Targets)
+	if err != nil {
+		return nil, err
+	}
+	end, name := set.ends()
+	return &Catalog{Offers: offers, Skipped: skipped, Expires: end, ExpiresIn: name, Floors: c.floors, NewestRoot: set.rootBytes}, nil
+}
+
+// Cached returns the last verified catalog without network, also when it has
+// ended (Catalog.Expires tells). Each call after New verifies what is on disk.
+func (c *Client) Cached() (*Catalog, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.cached()
+}
+
+func (c *Client) cached() (*Catalog, error) {
+	if c.catalog != nil {
+		return c.catalog, nil
+	}
+	set, _, err := c.cache.load(c.root)
+	if err != nil {
+		return nil, err
+	}
+	if set.root.Signed.Version < c.floors.Root {
+		return nil, fail(CodeRollback, &metadata.ErrBadVersionNumber{Msg: "root.json"},
+			"the newest root kept here has version %d, but this device has trusted version %d: the repository has to be reached first", set.root.Signed.Version, c.floors.Root)
+	}
+	c.floors = c.floors.raise(set)
+	catalog, err := c.read(set)
+	if err != nil {
+		return nil, err
+	}
+	c.catalog = catalog
+	return catalog, nil
+}

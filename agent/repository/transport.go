@@ -1,0 +1,411 @@
+package repository
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/theupdateframework/go-tuf/v2/metadata"
+)
+
+// limits bound every wait on a server. A device must get on with its work when
+// a server, a proxy or an attacker lets it hang.
+type limits struct {
+	connect  time.Duration // name lookup and TCP, then TLS, each
+	header   time.Duration // from request to the first line of the answer
+	window   time.Duration // the least speed is judged over this
+	least    int64         // bytes a window: fewer is too slow
+	document time.Duration // one metadata file, whole
+	payload  time.Duration // one release, whole, all attempts
+	attempts int           // for one release: cut connections are resumed
+	pause    time.Duration // between two attempts
+}
+
+// sane are the limits in use. Least speed is 1 KiB a second: below it a full
+// release would take days, and nothing but a stalled line is that slow.
+var sane = limits{
+	connect: 15 * time.Second, header: 30 * time.Second, window: 30 * time.Second, least: 30 << 10,
+	document: 2 * time.Minute, payload: 6 * time.Hour, attempts: 5, pause: 2 * time.Second,
+}
+
+// transport reads files below one address, of a web server or a folder.
+type transport struct {
+	base   *url.URL
+	client *http.Client // nil for file:
+	proxy  string       // host:port for sentences, "" if none
+	limits limits
+	now    func() time.Time
+}
+
+func newTransport(cfg *Config, limits limits) (*transport, error) {
+	base, err := url.Parse(cfg.URL)
+	if err != nil {
+		return nil, fail(CodeConfig, err, "url %q is not an address", cfg.URL)
+	}
+	t := &transport{base: base, limits: limits, now: cfg.Now}
+	switch base.Scheme {
+	case "file":
+		if base.Host != "" && base.Host != "localhost" {
+			return nil, fail(CodeConfig, nil, "url %q names a host: a folder is file:/// and its path", cfg.URL)
+		}
+		return t, nil
+	case "http", "https":
+		if base.Host == "" {
+			return nil, fail(CodeConfig, nil, "url %q has no host", cfg.URL)
+		}
+	default:
+		return nil, fail(CodeConfig, nil, "url %q is neither file, http nor https", cfg.URL)
+	}
+	rt := &http.Transport{
+		DialContext:           (&net.Dialer{Timeout: limits.connect}).DialContext,
+		TLSHandshakeTimeout:   limits.connect,
+		ResponseHeaderTimeout: limits.header,
+		IdleConnTimeout:       limits.window,
+		MaxIdleConns:          2,
+		ForceAttemptHTTP2:     true,
+		DisableCompression:    true, // lengths and ranges count the signed bytes
+		TLSClientConfig:       &tls.Config{MinVersion: tls.VersionTLS12, Time: cfg.Now},
+	}
+	rt.MaxResponseHeaderBytes = 64 << 10
+	if err := t.useProxy(rt, cfg.Proxy); err != nil {
+		return nil, err
+	}
+	if err := useFiles(rt.TLSClientConfig, cfg.CAFile, cfg.ClientCert); err != nil {
+		return nil, err
+	}
+	t.client = &http.Client{Transport: rt, CheckRedirect: t.redirect}
+	return t, nil
+}
+
+func (t *transport) useProxy(rt *http.Transport, proxy string) error {
+	if proxy == "" {
+		return nil
+	}
+	u, err := url.Parse(proxy)
+	if err != nil || u.Host == "" {
+		return fail(CodeConfig, err, "proxy is not an address like http://proxy.example.com:8080")
+	}
+	t.proxy = u.Host
+	rt.Proxy = http.ProxyURL(u)
+	rt.OnProxyConnectResponse = func(_ context.Context, _ *url.URL, _ *http.Request, res *http.Response) error {
+		if res.StatusCode == http.StatusProxyAuthRequired {
+			return t.proxyAuth()
+		}
+		return nil
+	}
+	return nil
+}
+
+func (t *transport) proxyAuth() *Error {
+	return fail(CodeProxyAuth, nil, "proxy %s answers 407, login required", t.proxy).hint("[repository] proxy")
+}
+
+// useFiles adds the administrator's certificates; the system's stay trusted.
+func useFiles(c *tls.Config, caFile, clientCert string) error {
+	if caFile != "" {
+		b, err := os.ReadFile(caFile)
+		if err != nil {
+			return fail(CodeConfig, err, "cannot read ca_file %s", caFile)
+		}
+		pool, err := x509.SystemCertPool()
+		if err != nil {
+			pool = x509.NewCertPool()
+		}
+		if !pool.AppendCertsFromPEM(b) {
+			return fail(CodeConfig, nil, "ca_file %s holds no certificate in PEM", caFile)
+		}
+		c.RootCAs = pool
+	}
+	if clientCert != "" {
+		cert, err := tls.LoadX509KeyPair(clientCert, clientCert)
+		if err != nil {
+			return fail(CodeConfig, err, "client_cert %s does not hold a certificate and its key in PEM", clientCert)
+		}
+		c.Certificates = []tls.Certificate{cert}
+	}
+	return nil
+}
+
+// redirect keeps a server from sending us to a file, to plain text or in circles.
+func (t *transport) redirect(req *http.Request, via []*http.Request) error {
+	const most = 5
+	switch {
+	case len(via) > most:
+		return fail(CodeUnreachable, nil, "the server redirects more than %d times", most)
+	case req.URL.Scheme != "https" && req.URL.Scheme != "http":
+		return fail(CodeUnreachable, nil, "the server redirects to %s, which is no web address", req.URL.Redacted())
+	case req.URL.Scheme == "http" && via[0].URL.Scheme == "https":
+		return fail(CodeTLS, nil, "the server redirects from https to http: %s", req.URL.Redacted())
+	}
+	return nil
+}
+
+// document reads metadata/name, at most limit bytes.
+func (t *transport) document(ctx context.Context, name string, limit int64) ([]byte, error) {
+	ctx, stop := context.WithTimeout(ctx, t.limits.document)
+	defer stop()
+	var buf bytes.Buffer
+	if err := t.read(ctx, "metadata/"+name, 0, limit, &buf, nil); err != nil {
+		return nil, err
+	}
+	if b := bytes.TrimSpace(buf.Bytes()); len(b) > 0 && b[0] == '<' {
+		return nil, captive(name)
+	}
+	return buf.Bytes(), nil
+}
+
+func captive(name string) *Error {
+	return fail(CodeCaptive, nil, "a web page came back instead of %s (captive portal or proxy login)", name).hint(hintStays)
+}
+
+// read copies the file at rel from byte offset on into w: at most limit bytes
+// of the whole file, at no less than the least speed. w is written only when
+// the answer is sound; if the server begins at 0 instead of offset, rewind is
+// called before.
+func (t *transport) read(ctx context.Context, rel string, offset, limit int64, w io.Writer, rewind func() error) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	name := path.Base(rel)
+	body, began, err := t.open(ctx, rel, offset, limit)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	if began != offset {
+		if err := rewind(); err != nil {
+			return err
+		}
+	}
+	watched := &watched{r: body}
+	done := make(chan struct{})
+	defer close(done)
+	go watched.watch(done, t.limits, func() {
+		cancel(fail(CodeTooSlow, nil, "%s comes slower than %d bytes in %s", name, t.limits.least, t.limits.window).hint(hintStays))
+	})
+	n, err := io.Copy(w, io.LimitReader(watched, limit-began+1))
+	if began+n > limit {
+		return tooLarge(name, limit)
+	}
+	if err != nil {
+		return t.readError(ctx, name, err)
+	}
+	return nil
+}
+
+func tooLarge(name string, limit int64) *Error {
+	return fail(CodeTooLarge, &metadata.ErrDownloadLengthMismatch{Msg: name}, "%s is longer than %d bytes", name, limit).hint(hintStays)
+}
+
+// open returns the body of rel from byte began on.
+func (t *transport) open(ctx context.Context, rel string, offset, limit int64) (body io.ReadCloser, began int64, err error) {
+	if t.client == nil {
+		return t.openFile(rel, offset, limit)
+	}
+	name := path.Base(rel)
+	u := t.base.JoinPath(rel)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	if err != nil {
+		return nil, 0, fail(CodeConfig, err, "%s is not an address", u.Redacted())
+	}
+	req.Header.Set("User-Agent", "hotpatchd")
+	if offset > 0 {
+		req.Header.Set("Range", fmt.Sprintf("bytes=%d-", offset))
+	}
+	res, err := t.client.Do(req)
+	if err != nil {
+		return nil, 0, t.connectError(ctx, name, err)
+	}
+	began, err = t.judge(res, name, offset, limit)
+	if err != nil {
+		res.Body.Close()
+		return nil, 0, err
+	}
+	return res.Body, began, nil
+}
+
+// judge reads an answer's head: where the body begins, or why it is of no use.
+func (t *transport) judge(res *http.Response, name string, offset, limit int64) (int64, error) {
+	html := strings.HasPrefix(res.Header.Get("Content-Type"), "text/html")
+	switch code := res.StatusCode; {
+	case code == http.StatusOK && html, code == http.StatusNetworkAuthenticationRequired:
+		return 0, captive(name)
+	case code == http.StatusOK:
+		if res.ContentLength > limit {
+			return 0, tooLarge(name, limit)
+		}
+		return 0, nil
+	case code == http.StatusPartialContent && offset > 0:
+		if !strings.HasPrefix(res.Header.Get("Content-Range"), fmt.Sprintf("bytes %d-", offset)) {
+			return 0, fail(CodeUnreachable, nil, "the server gives another part of %s than it was asked for", name)
+		}
+		if res.ContentLength > limit-offset {
+			return 0, tooLarge(name, limit)
+		}
+		return offset, nil
+	case code == http.StatusProxyAuthRequired:
+		return 0, t.proxyAuth()
+	case code == http.StatusNotFound, code == http.StatusForbidden, code == http.StatusGone:
+		// Object stores answer 403 for what is not there.
+		return 0, t.missing(name, fmt.Sprintf("the server answers %d", code))
+	default:
+		return 0, fail(CodeUnreachable, &metadata.ErrDownloadHTTP{StatusCode: code, URL: name}, "the server answers %d for %s", code, name).hint(hintStays)
+	}
+}
+
+func (t *transport) missing(name, found string) *Error {
+	return fail(CodeNotFound, &metadata.ErrDownloadHTTP{StatusCode: http.StatusNotFound, URL: name}, "there is no %s: %s", name, found).
+		hint("is %s the folder that holds metadata/ and targets/?", t.base.Redacted())
+}
+
+func (t *transport) openFile(rel string, offset, limit int64) (io.ReadCloser, int64, error) {
+	name := path.Base(rel)
+	file := folder(t.base) + "/" + rel
+	info, err := os.Stat(file)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return nil, 0, t.missing(name, "the folder has no such file")
+	case err != nil:
+		return nil, 0, fail(CodeUnreachable, err, "cannot read %s", file)
+	case !info.Mode().IsRegular():
+		return nil, 0, fail(CodeUnreachable, nil, "cannot read %s: not a file", file) // a pipe would block for ever
+	case info.Size() > limit:
+		return nil, 0, tooLarge(name, limit)
+	}
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, 0, fail(CodeUnreachable, err, "cannot read %s", file)
+	}
+	if _, err := f.Seek(offset, io.SeekStart); err != nil {
+		f.Close()
+		return nil, 0, fail(CodeUnreachable, err, "cannot read %s", file)
+	}
+	return f, offset, nil
+}
+
+// folder is the path of a file: address, with the drive of Windows in front.
+func folder(u *url.URL) string {
+	p := u.Path
+	if len(p) > 2 && p[0] == '/' && p[2] == ':' {
+		p = p[1:]
+	}
+	return strings.TrimRight(p, "/")
+}
+
+// connectError says in words why there was no answer.
+func (t *transport) connectError(ctx context.Context, name string, err error) *Error {
+	var (
+		known     *Error
+		unknownCA x509.UnknownAuthorityError
+		invalid   x509.CertificateInvalidError
+		wrongHost x509.HostnameError
+		alert     tls.AlertError
+		record    tls.RecordHeaderError
+		op        *net.OpError
+	)
+	host := t.base.Host
+	switch {
+	case errors.As(err, &known):
+		return known
+	case errors.As(err, &unknownCA):
+		return fail(CodeTLS, err, "the server's certificate is signed by %q, which this machine does not trust", issuer(unknownCA.Cert)).hint("[repository] ca_file")
+	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
+		if now := t.now(); now.Before(invalid.Cert.NotBefore) {
+			return fail(CodeClock, err, "certificate is not valid before %s, but this clock says %s", day(invalid.Cert.NotBefore), day(now)).
+				hint("set the clock; %s", hintStays)
+		}
+		return fail(CodeTLS, err, "the server's certificate ended %s; this clock says %s", day(invalid.Cert.NotAfter), day(t.now())).hint(hintStays)
+	case errors.As(err, &wrongHost):
+		return fail(CodeTLS, err, "the server's certificate is not for %s", host)
+	case errors.As(err, &invalid), errors.As(err, &alert), errors.As(err, &record):
+		return fail(CodeTLS, err, "no secure connection to %s", host).hint("[repository] ca_file, client_cert")
+	case errors.As(err, &op) && op.Op == "proxyconnect":
+		return fail(CodeUnreachable, err, "cannot reach proxy %s", t.proxy).hint("[repository] proxy")
+	}
+	return t.readError(ctx, name, err)
+}
+
+func issuer(c *x509.Certificate) string {
+	if c == nil {
+		return "unknown"
+	}
+	if c.Issuer.CommonName != "" {
+		return c.Issuer.CommonName
+	}
+	return c.Issuer.String()
+}
+
+// readError says in words why an answer did not come to its end.
+func (t *transport) readError(ctx context.Context, name string, err error) *Error {
+	var (
+		slow    *Error
+		timeout net.Error
+	)
+	switch cause := context.Cause(ctx); {
+	case errors.As(cause, &slow):
+		return slow
+	case errors.Is(cause, context.Canceled):
+		return fail(CodeUnreachable, cause, "the download of %s was stopped", name)
+	case errors.Is(cause, context.DeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
+		return fail(CodeTooSlow, err, "%s did not answer in time for %s", t.base.Host, name).hint(hintStays)
+	}
+	return fail(CodeUnreachable, err, "cannot get %s from %s: %s", name, t.place(), reason(err)).hint(hintStays)
+}
+
+func (t *transport) place() string {
+	if t.client == nil {
+		return folder(t.base)
+	}
+	return t.base.Host
+}
+
+// reason is the last link of a chain of errors: what the system said.
+func reason(err error) string {
+	for {
+		inner := errors.Unwrap(err)
+		if inner == nil {
+			return err.Error()
+		}
+		err = inner
+	}
+}
+
+// watched counts what comes through a reader.
+type watched struct {
+	r     io.Reader
+	moved atomic.Int64 // bytes since the watcher looked
+}
+
+func (w *watched) Read(p []byte) (int, error) {
+	n, err := w.r.Read(p)
+	w.moved.Add(int64(n))
+	return n, err
+}
+
+// watch calls slow once fewer than the least bytes came in a window.
+func (w *watched) watch(done <-chan struct{}, l limits, slow func()) {
+	tick := time.NewTicker(l.window)
+	defer tick.Stop()
+	for {
+		select {
+		case <-done:
+			return
+		case <-tick.C:
+		}
+		if w.moved.Swap(0) < l.least {
+			slow()
+			return
+		}
+	}
+}
