@@ -15,7 +15,7 @@ import (
 	"pgregory.net/rapid"
 )
 
-var update = flag.Bool("update", false, "write the golden error texts anew")
+var updateConfig = flag.Bool("update-config", false, "write the golden error texts anew")
 
 func parseFor(goos, file, text string) (*Config, error) {
 	c := defaultConfig(goos, `D:\Data`)
@@ -40,7 +40,7 @@ func TestConfigMistakes(t *testing.T) {
 				t.Fatal("accepted")
 			}
 			got, golden := err.Error()+"\n", strings.TrimSuffix(file, ".toml")+".txt"
-			if *update {
+			if *updateConfig {
 				if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
 					t.Fatal(err)
 				}

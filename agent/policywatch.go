@@ -31,6 +31,7 @@ func WatchPolicy(ctx context.Context, path string, onChange func()) {
 type policyWatch struct {
 	path, folder            string
 	debounce, rewatch, poll time.Duration
+	started                 func() // called once, when changes begin to be seen; may be nil
 
 	notify  *fsnotify.Watcher // nil: the system gave us none, polling only
 	watched os.FileInfo       // the folder that is watched, nil if none
@@ -46,6 +47,9 @@ func (w *policyWatch) run(ctx context.Context, onChange func()) {
 	}
 	w.seen, _ = os.Stat(w.path)
 	w.follow()
+	if w.started != nil {
+		w.started()
+	}
 
 	poll := time.NewTicker(w.poll)
 	defer poll.Stop()
