@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"slices"
 
 	"hotpatchd/patcher/target"
 	"hotpatchd/pe"
@@ -78,16 +79,21 @@ type annex struct {
 // findAnnexes lists the annexes that belong to the image at base. What they
 // say is only a claim until it is checked against a verified release.
 func findAnnexes(p target.Process, regions []target.Region, base Loaded) []annex {
+	found := annexesIn(p, regions, func(at target.Addr) bool { return near(at, base) })
+	return slices.DeleteFunc(found, func(a annex) bool { return a.Base != base.Base })
+}
+
+func annexesIn(p target.Process, regions []target.Region, where func(target.Addr) bool) []annex {
 	var found []annex
 	for _, r := range regions {
-		if r.Kind != target.Private || r.Inode != 0 || r.Prot != target.Read || r.Shared || !near(r.Start, base) {
+		if r.Kind != target.Private || r.Inode != 0 || r.Prot != target.Read || r.Shared || !where(r.Start) {
 			continue
 		}
 		// Neighbouring mappings of one protection may be joined by the kernel:
 		// look at every place where an annex could begin.
 		last := min(r.End, r.Start+maxProbes*annexAlign)
 		for at := alignUp(r.Start, annexAlign); at < last && len(found) < maxAnnexes; at += annexAlign {
-			if a, ok := annexAt(p, at, uint64(r.End-at)); ok && a.Base == base.Base {
+			if a, ok := annexAt(p, at, uint64(r.End-at)); ok {
 				found = append(found, a)
 			}
 		}
@@ -95,7 +101,7 @@ func findAnnexes(p target.Process, regions []target.Region, base Loaded) []annex
 	return found
 }
 
-// maxAnnexes bounds the annexes of one image: one a sequence that ever ran in it.
+// maxAnnexes bounds the annexes of one process: one a sequence that ever ran in an image.
 const maxAnnexes = 256
 
 // maxProbes bounds the places looked at in one region.
@@ -208,4 +214,34 @@ func read(p target.Process, at target.Addr, n int) ([]byte, error) {
 	b := make([]byte, n)
 	_, err := p.ReadAt(b, at)
 	return b, err
+}
+
+// Claim is what an annex in force says of itself: enough to look for the
+// release it names. Adopt decides whether it is believed.
+type Claim struct {
+	Base     target.Addr
+	Product  string
+	Release  string
+	Sequence uint32
+	Hash     string // of the hotpatch image, SHA-256, hex
+}
+
+// Claims lists the annexes in force in a process, whoever put them there: a
+// former life of ours, the parent of a fork, another installation.
+func Claims(p target.Process) ([]Claim, error) {
+	regions, err := p.Regions()
+	if err != nil {
+		return nil, err
+	}
+	var claims []Claim
+	for _, a := range annexesIn(p, regions, func(target.Addr) bool { return true }) {
+		ok, err := a.inForce(p)
+		if err != nil {
+			return nil, err
+		}
+		if ok {
+			claims = append(claims, Claim{a.Base, a.Product, a.Release, a.Sequence, a.Hash})
+		}
+	}
+	return claims, nil
 }

@@ -175,7 +175,16 @@ func asBusy(err error) error {
 	if errors.As(err, &r) {
 		return r
 	}
-	return &Refusal{Reason: Busy, Code: "freeze", Remedy: Wait, Text: err.Error(), Err: err}
+	return &Refusal{Reason: Busy, Code: "freeze", Remedy: Wait, Text: busyText(err), Detail: err.Error(), Err: err}
+}
+
+// busyText is the backend's note on the thread it could not stop.
+func busyText(err error) string {
+	var e *target.Error
+	if errors.As(err, &e) && e.Note != "" {
+		return e.Note
+	}
+	return "a thread could not be stopped in time"
 }
 
 // outcome journals how a swap ended. back is the state of a record whose swap
@@ -189,14 +198,15 @@ func (x *Patcher) outcome(rec *Record, err error, done, back State) (Record, err
 		rec.Note = ""
 	case errors.As(err, &torn):
 		state = TornUp
-		err = &Refusal{Reason: Torn, Code: "torn", Remedy: RestartProcess, At: torn.at, Text: fmt.Sprintf("process %d: %s; restart the process", rec.ID.PID, torn), Err: err}
+		err = &Refusal{Reason: Torn, Code: "torn", Remedy: RestartProcess, At: torn.at,
+			Text: fmt.Sprintf("an entry of %s could not be written back: restart process %d", rec.Image, rec.ID.PID), Detail: torn.Error(), Err: err}
 	case errors.Is(err, target.ErrGone), errors.Is(err, errLost):
 		state = Lost
 	case errors.As(err, &refusal):
 		state = back
 	default:
 		state = back
-		err = &Refusal{Reason: Failed, Code: "write", Remedy: Wait, Text: err.Error(), Err: err}
+		err = &Refusal{Reason: Failed, Code: "write", Remedy: Wait, Text: "the memory could not be changed, and is as before", Detail: err.Error(), Err: err}
 	}
 	if err != nil {
 		rec.Note = err.Error()

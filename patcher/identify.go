@@ -33,7 +33,7 @@ func identify(base Loaded, patch *Patch, found []annex) (originals, error) {
 			return code, fmt.Errorf("cannot hash the code of %s: %w", base.Name, err)
 		}
 		if id.TextSHA256 != patch.Base.TextSHA256 {
-			return code, otherBuild("%s at %s is another build: its code has hash %.12s…, the release names %.12s…", base.Name, base.Base, id.TextSHA256, patch.Base.TextSHA256)
+			return code, otherBuild("%s is another build: its code has hash %.12s…, the release names %.12s…", base.Name, id.TextSHA256, patch.Base.TextSHA256)
 		}
 	}
 	return code, drift
@@ -91,7 +91,7 @@ func compareBodies(base Loaded, patch *Patch, code originals) (foreign []pe.Over
 			if drift == nil {
 				d := drifted(at, f.Original[:n], have, f.Name)
 				if looksHooked(have) {
-					d.Code, d.Text = "hooked", d.Text+": the entry was changed by somebody else"
+					d.Code, d.Text = "hooked", f.Name+" was changed at its entry by somebody else"
 				}
 				drift = d
 			}

@@ -111,7 +111,7 @@ func Prepare(p target.Process, base Loaded, patch *Patch) (*Plan, error) {
 	room := annexRoom(len(x.Sites)) + pages(uint64(patch.image.SizeOfImage)) + pages(uint64(len(patch.Functions)*slotSize))
 	places := gaps(regions, base, room)
 	if len(places) == 0 {
-		return nil, blocked("no-space", RestartProcess, "no free %d KiB within 2 GiB of %s at %s", room>>10, base.Name, base.Base)
+		return nil, blocked("no-space", RestartProcess, "no free %d KiB within 2 GiB of %s", room>>10, base.Name)
 	}
 	var nonce [16]byte
 	rand.Read(nonce[:])
@@ -246,13 +246,13 @@ func checkRegions(regions []target.Region, sites []Site) error {
 		r, ok := regionAt(regions, s.At)
 		switch {
 		case !ok || r.End < s.At+target.Addr(len(s.Original)):
-			return &Refusal{Reason: Drifted, Code: "unmapped", Remedy: RestartProcess, At: s.At, Text: fmt.Sprintf("%s at %s is not mapped", s.Function, s.At)}
+			return &Refusal{Reason: Drifted, Code: "unmapped", Remedy: RestartProcess, At: s.At, Text: s.Function + " is not mapped", Detail: "at " + s.At.String()}
 		case r.Shared:
-			return blocked("shared", RestartProcess, "%s at %s lies in memory shared with other processes", s.Function, s.At)
+			return blocked("shared", RestartProcess, "%s lies in memory shared with other processes", s.Function)
 		case r.Prot&target.Write != 0:
-			return blocked("writable", RestartProcess, "%s at %s lies in writable memory", s.Function, s.At)
+			return blocked("writable", RestartProcess, "%s lies in writable memory", s.Function)
 		case r.Prot&target.Exec == 0:
-			return blocked("not-code", RestartProcess, "%s at %s lies in memory that is not executable", s.Function, s.At)
+			return blocked("not-code", RestartProcess, "%s lies in memory that is not executable", s.Function)
 		}
 	}
 	return nil

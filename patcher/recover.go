@@ -132,21 +132,21 @@ func vouched(a annex, patch *Patch, code originals) error {
 			return err
 		}
 		if !bytes.Equal(original, s.Original) {
-			return drifted(s.At, original, s.Original, "annex at "+a.At.String()+" keeps other original bytes of "+s.Function)
+			return drifted(s.At, original, s.Original, "the annex's copy of "+s.Function)
 		}
 		if s.Target == 0 {
 			continue
 		}
 		f, ok := known[s.RVA]
 		if !ok {
-			return drifted(s.At, nil, s.New, "annex at "+a.At.String()+" names a function the release does not")
+			return drifted(s.At, nil, s.New, "the annex names a function that the release does not: it")
 		}
 		off := int64(s.At) - int64(a.Base) - int64(f.RVA)
 		if off < 0 || off+int64(len(s.Original)) > int64(f.Length) || s.Length != f.Length {
-			return drifted(s.At, nil, s.New, "annex at "+a.At.String()+" names a place outside "+f.Name)
+			return drifted(s.At, nil, s.New, "the annex names a place outside "+f.Name+": it")
 		}
 		if s.Pad != nil && int64(s.Pad.At) != int64(a.Base)+int64(f.RVA)-longJump {
-			return drifted(s.Pad.At, nil, s.New, "annex at "+a.At.String()+" names a pad outside "+f.Name)
+			return drifted(s.Pad.At, nil, s.New, "the annex names a pad outside "+f.Name+": it")
 		}
 	}
 	return nil

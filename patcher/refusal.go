@@ -36,7 +36,8 @@ const (
 type Refusal struct {
 	Reason Reason
 	Code   string // stable, short: "tracer", "jump-into-entry", "import"
-	Text   string // one sentence with names, numbers, addresses
+	Text   string // one sentence with names and numbers, for everybody: no address, no bytes
+	Detail string // addresses and bytes, for those who may see them; "" if there are none
 	Remedy Remedy
 	At     target.Addr // 0 if no place is meant
 	Want   []byte      // drifted: what should stand there
@@ -44,7 +45,13 @@ type Refusal struct {
 	Err    error       // cause, if the backend named one
 }
 
-func (r *Refusal) Error() string { return fmt.Sprintf("%s: %s", r.Reason, r.Text) }
+func (r *Refusal) Error() string {
+	s := fmt.Sprintf("%s: %s", r.Reason, r.Text)
+	if r.Detail != "" {
+		s += " (" + r.Detail + ")"
+	}
+	return s
+}
 
 func (r *Refusal) Unwrap() error { return r.Err }
 
@@ -58,7 +65,7 @@ func busy(at target.Addr, format string, a ...any) *Refusal {
 
 func drifted(at target.Addr, want, have []byte, what string) *Refusal {
 	return &Refusal{Reason: Drifted, Code: "bytes", Remedy: RestartProcess, At: at, Want: want, Have: have,
-		Text: fmt.Sprintf("%s at %s: expected % x, found % x", what, at, want, have)}
+		Text: what + " has other bytes than the release expects", Detail: fmt.Sprintf("at %s: expected % x, found % x", at, want, have)}
 }
 
 func otherBuild(format string, a ...any) *Refusal {
