@@ -1,6 +1,7 @@
 package build
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"path"
@@ -92,12 +93,31 @@ func Image(o Options) (*Result, error) {
 	if err != nil {
 		return nil, &Refusal{Code: CodeFormat, Image: fix.role, Text: fmt.Sprintf("cannot add the hot patch table: %v", err), Err: err}
 	}
+	if err := readBack(dll, spec); err != nil {
+		return nil, err
+	}
 	identity, err := base.Identity()
 	if err != nil {
 		return nil, damaged(base.role, err)
 	}
 	return &Result{DLL: dll, Base: identity, Functions: functions, Inverse: to.inverse,
 		Unwind: unwindWord(base, fix, functions), Warnings: warnings(base, fix, functions, to)}, nil
+}
+
+// readBack compares the table of the finished image with what it should say.
+func readBack(dll []byte, spec pe.HotPatchSpec) error {
+	im, err := pe.Parse(bytes.NewReader(dll), int64(len(dll)))
+	if err != nil {
+		return damaged("result", err)
+	}
+	info, err := im.HotPatch()
+	if err != nil {
+		return damaged("result", err)
+	}
+	if info == nil || len(info.Bases) != 1 || len(info.Bases[0].Records) != len(spec.Functions)+len(spec.Inverse) {
+		return refuse(CodeFormat, "result", "", 0, "the hot patch table cannot be read back as it was written")
+	}
+	return nil
 }
 
 // baseNames are the names under which the fix may import from the base.
