@@ -1,0 +1,15 @@
+// Package ptrace is the Linux backend: native hosts of PE images and Wine
+// processes, on amd64.
+//
+// Memory is read and written through one /proc/PID/mem descriptor that belongs
+// to the address space it was opened on, so a program replaced by execve cannot
+// be written by mistake. A freeze stops threads with PTRACE_SEIZE and
+// PTRACE_INTERRUPT from one locked operating system thread; if that thread or
+// this whole process dies, the kernel lets every thread go on.
+//
+// Memory is mapped by a system call made in one thread of the target, which
+// stands on a full signal frame that puts it back where it was. Our death at
+// any instruction of that is harmless: the thread finishes the call, returns
+// into sigreturn and goes on. Nothing here ever uses PTRACE_SINGLESTEP,
+// PTRACE_O_EXITKILL, or a remote call while threads are frozen.
+package ptrace

@@ -1,0 +1,464 @@
+//go:build linux && amd64
+
+package ptrace
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"hotpatchd/patcher/target"
+)
+
+// threadState is how far we are with one thread.
+type threadState uint8
+
+const (
+	seized  threadState = iota // attached and asked to stop
+	stopped                    // stands still
+	gone                       // ended before or while it was asked
+)
+
+// held is one thread of a freeze.
+type held struct {
+	tid      int
+	state    threadState
+	attached bool // and so to be let go of
+	signal   int  // what it was about to receive when it stopped; 0 if nothing
+	regs     unix.PtraceRegs
+}
+
+// frozen implements target.Frozen, Interrupter and Pauser. The tracing thread
+// owns everything but the channels; others read it after ready and done.
+type frozen struct {
+	p       *process
+	threads []held
+	index   map[int]int // tid → place in threads
+	regions []target.Region
+	sigret  []target.Addr
+	list    []target.Thread // of Threads, made once
+
+	tracer  int // tid of the tracing thread
+	began   time.Time
+	pause   time.Duration
+	clean   bool // nothing is attached any more
+	release chan struct{}
+	once    sync.Once
+	ops     chan func()
+	done    chan struct{}
+	lapsed  atomic.Bool // it ended before Thaw
+	writing sync.Mutex
+}
+
+// Freeze stops every thread. What can be looked up before the first one stops
+// is looked up before: mappings, trampolines, the list of threads.
+func (p *process) Freeze(ctx context.Context) (target.Frozen, error) {
+	if p.frozen != nil {
+		return nil, p.refuse("freeze", 0, target.ErrBusy, "it is frozen by us already")
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, p.refuse("freeze", 0, target.ErrBusy, "%v", err)
+	}
+	if !p.life.same(p.dir) {
+		p.b.forget(p.life.id.PID)
+		return nil, p.fail("freeze", 0, target.ErrGone)
+	}
+	if other := p.sharer(); other != 0 {
+		return nil, p.refuse("freeze", 0, target.ErrBusy, "%s shares its memory (a vfork that goes on, or a clone)", processName(other))
+	}
+	regions, err := p.Regions()
+	if err != nil {
+		return nil, err
+	}
+	z := &frozen{
+		p:       p,
+		regions: regions,
+		sigret:  p.trampolines.find(p, regions),
+		release: make(chan struct{}),
+		ops:     make(chan func()),
+		done:    make(chan struct{}),
+	}
+	if p.tids, err = p.task.numbers(p.tids[:0], p.dirbuf); err != nil {
+		return nil, p.fail("freeze", 0, err)
+	}
+	z.threads = make([]held, 0, len(p.tids)+len(p.tids)/4+16)
+	z.index = make(map[int]int, cap(z.threads))
+	ready := make(chan error, 1)
+	onThread(func() bool {
+		z.tracer = unix.Gettid()
+		err := z.stop(ctx)
+		if err != nil {
+			z.letGo()
+			close(z.done)
+			ready <- err
+			return z.clean
+		}
+		ready <- nil
+		z.hold(ctx)
+		z.letGo()
+		close(z.done)
+		return z.clean
+	})
+	if err := <-ready; err != nil {
+		if !z.clean && !awaitEnd(z.tracer) {
+			err = fmt.Errorf("%w (and the tracing thread %d does not end)", err, z.tracer)
+		}
+		return nil, err
+	}
+	p.frozen = z
+	return z, nil
+}
+
+// hold waits for the end of the freeze, and works for others meanwhile.
+func (z *frozen) hold(ctx context.Context) {
+	for {
+		select {
+		case <-z.release:
+			return
+		case f := <-z.ops:
+			f()
+		case <-ctx.Done():
+			z.writing.Lock() // a write that has begun ends before threads run
+			defer z.writing.Unlock()
+			z.lapsed.Store(true)
+			return
+		}
+	}
+}
+
+// stop stops every thread or says why not. It runs on the tracing thread, and
+// so does everything below.
+func (z *frozen) stop(ctx context.Context) error {
+	p := z.p
+	z.began = time.Now()
+	for pass := 0; pass < target.FreezePasses; pass++ {
+		deadline := z.began.Add(target.FreezeLimit(len(p.tids)))
+		if d, ok := ctx.Deadline(); ok && d.Before(deadline) {
+			deadline = d
+		}
+		fresh := len(z.threads)
+		for _, tid := range p.tids {
+			if err := z.seize(tid); err != nil {
+				return err
+			}
+		}
+		if len(z.threads) == fresh {
+			return z.believe()
+		}
+		for i := fresh; i < len(z.threads); i++ {
+			if t := &z.threads[i]; t.state == seized && interrupt(t.tid) == unix.ESRCH {
+				t.state = gone
+			}
+		}
+		if err := z.await(ctx, deadline); err != nil {
+			return err
+		}
+		var err error
+		if p.tids, err = p.task.numbers(p.tids[:0], p.dirbuf); err != nil {
+			return p.fail("freeze", 0, err)
+		}
+	}
+	return p.refuse("freeze", 0, target.ErrBusy, "it started new threads in each of %d passes", target.FreezePasses)
+}
+
+// seize attaches to a thread that is not known yet.
+func (z *frozen) seize(tid int) error {
+	if _, known := z.index[tid]; known {
+		return nil
+	}
+	e := seize(tid, 0)
+	if e != 0 && e != unix.ESRCH {
+		if err := z.p.whyNot("freeze", tid, e); err != nil {
+			return err
+		}
+	}
+	t := held{tid: tid}
+	if t.attached = e == 0; !t.attached {
+		t.state = gone
+	}
+	z.index[tid] = len(z.threads)
+	z.threads = append(z.threads, t)
+	return nil
+}
+
+// whyNot explains a refused seize; nil if the thread had ended, as a dead main
+// thread has, for which the kernel says EPERM as well.
+func (p *process) whyNot(op string, tid int, e unix.Errno) error {
+	var s stat
+	if err := p.dir.stat(taskPath(tid), &s); err != nil || s.dead() {
+		return nil
+	}
+	if status, err := p.dir.read(p.life.sub+"status", nil, statusLimit); err == nil {
+		if pid := firstNumber(statusField(status, "TracerPid")); pid > 0 {
+			return p.refuse(op, 0, target.ErrDenied, "traced by %s", processName(pid))
+		}
+	}
+	return p.refuse(op, 0, target.ErrDenied, "cannot attach to thread %d: %v", tid, e)
+}
+
+// spins is how often the threads are asked in turn before we sleep between
+// rounds: a stop takes a few microseconds once the thread is scheduled.
+const spins = 200
+
+// await waits until every seized thread stands still or is gone.
+func (z *frozen) await(ctx context.Context, deadline time.Time) error {
+	for round := 0; ; round++ {
+		waiting := 0
+		for i := range z.threads {
+			t := &z.threads[i]
+			if t.state != seized {
+				continue
+			}
+			if z.look(t, round); t.state == seized {
+				waiting++
+			}
+		}
+		if waiting == 0 {
+			return nil
+		}
+		if round&7 == 7 && (ctx.Err() != nil || time.Now().After(deadline)) {
+			return z.late()
+		}
+		if round < spins {
+			yield()
+		} else {
+			doze(100)
+		}
+	}
+}
+
+// look asks once whether a thread has stopped or ended.
+func (z *frozen) look(t *held, round int) {
+	var info childInfo
+	none, e := wait(t.tid, unix.WSTOPPED, &info)
+	switch {
+	case e == unix.ECHILD:
+		t.state, t.attached = gone, false
+	case e == 0 && !none && info.code == cldTrapped:
+		t.state = stopped
+		if info.status>>8 == 0 {
+			t.signal = int(info.status & 0x7f)
+		}
+	case none && round&7 == 3:
+		z.ended(t)
+	}
+}
+
+// ended finds threads that ended while they were asked to stop. One that is
+// not the main thread is reaped by its tracer; the exit status of the process
+// belongs to its parent and stays, let go of by the end of the tracing thread.
+func (z *frozen) ended(t *held) {
+	var info childInfo
+	if t.tid == z.p.life.id.PID {
+		// Until the last thread ends the kernel does not report a dead main thread.
+		var s stat
+		if err := z.p.dir.stat(taskPath(t.tid), &s); err != nil || s.dead() {
+			t.state = gone
+		}
+		return
+	}
+	if none, e := wait(t.tid, unix.WEXITED, &info); e != 0 || !none {
+		t.state, t.attached = gone, false
+	}
+}
+
+// late names the first thread that does not stand still.
+func (z *frozen) late() error {
+	for i := range z.threads {
+		if t := &z.threads[i]; t.state == seized {
+			return z.p.refuse("freeze", 0, target.ErrBusy, "thread %d does not stop: %s", t.tid, z.p.waitsIn(t.tid))
+		}
+	}
+	return z.p.refuse("freeze", 0, target.ErrBusy, "out of time")
+}
+
+// waitsIn tells what a thread does that is not stopped.
+func (p *process) waitsIn(tid int) string {
+	what := "running"
+	if b, err := p.dir.read(taskPath(tid)+"syscall", nil, 256); err == nil {
+		if nr := firstNumber(string(b)); nr >= 0 {
+			what = "waits in " + syscallName(nr)
+		}
+	}
+	if b, err := p.dir.read(taskPath(tid)+"wchan", nil, 64); err == nil && len(b) > 1 {
+		what += " (" + string(b) + ")"
+	}
+	var s stat
+	if p.dir.stat(taskPath(tid), &s) == nil {
+		what += ", state " + string(rune(s.state))
+	}
+	return what
+}
+
+// believe reads the registers of every thread, which the kernel allows of
+// stopped ones only, and makes sure that they are still in the life that was opened.
+func (z *frozen) believe() error {
+	alive := -1
+	for i := range z.threads {
+		t := &z.threads[i]
+		if t.state != stopped {
+			continue
+		}
+		if e := getRegs(t.tid, &t.regs); e != 0 {
+			if e != unix.ESRCH {
+				return z.p.refuse("freeze", 0, target.ErrDenied, "cannot read the registers of thread %d: %v", t.tid, e)
+			}
+			t.state = gone // killed while it stood
+			continue
+		}
+		alive = i
+	}
+	if alive < 0 || !z.p.life.running(z.threads[alive].tid) {
+		return z.p.fail("freeze", 0, target.ErrGone)
+	}
+	return nil
+}
+
+// letGo detaches from every thread, with the signal it was about to receive.
+// What cannot be detached from because it runs or has ended is let go of by
+// the end of this thread.
+func (z *frozen) letGo() {
+	z.clean = true
+	for i := range z.threads {
+		t := &z.threads[i]
+		if t.state == seized {
+			z.look(t, 0)
+		}
+		if t.state == stopped && detach(t.tid, t.signal) == 0 {
+			t.attached = false
+		}
+		if t.attached {
+			z.clean = false
+		}
+	}
+	z.pause = time.Since(z.began)
+}
+
+// Threads are made once, from what was read when they stopped.
+func (z *frozen) Threads() ([]target.Thread, error) {
+	if err := z.over("read the threads of", 0); err != nil {
+		return nil, err
+	}
+	if z.list != nil {
+		return z.list, nil
+	}
+	list := make([]target.Thread, 0, len(z.threads))
+	regs := make([]uint64, 0, 16*len(z.threads))
+	for i := range z.threads {
+		t := &z.threads[i]
+		if t.state != stopped {
+			continue
+		}
+		r := &t.regs
+		regs = append(regs, r.Rax, r.Rcx, r.Rdx, r.Rbx, r.Rsp, r.Rbp, r.Rsi, r.Rdi, r.R8, r.R9, r.R10, r.R11, r.R12, r.R13, r.R14, r.R15)
+		list = append(list, target.Thread{
+			ID: t.tid, PC: target.Addr(r.Rip), SP: target.Addr(r.Rsp),
+			Regs: regs[len(regs)-16 : len(regs) : len(regs)], Stack: z.stack(target.Addr(r.Rsp)), State: doing(r),
+		})
+	}
+	z.list = list
+	return list, nil
+}
+
+// stack reads the mappings again if one was made since they were read.
+func (z *frozen) stack(sp target.Addr) target.Span {
+	r := regionAt(z.regions, sp)
+	if r == nil {
+		if now, err := z.p.Regions(); err == nil {
+			z.regions = now
+			r = regionAt(now, sp)
+		}
+	}
+	if r == nil {
+		return target.Span{}
+	}
+	return target.Span{Start: sp, End: r.End}
+}
+
+// doing names the system call a thread waits in.
+func doing(r *unix.PtraceRegs) string {
+	if int64(r.Orig_rax) < 0 {
+		return "running"
+	}
+	return syscallName(int(r.Orig_rax))
+}
+
+// write writes while frozen. A freeze that ran out refuses: the caller would
+// write code under threads that run.
+func (z *frozen) write(b []byte, at target.Addr) (int, error) {
+	z.writing.Lock()
+	n, err := 0, z.over("write", at)
+	if err == nil {
+		n, err = z.p.writeMem(b, at)
+	}
+	z.writing.Unlock()
+	if err == nil && n < len(b) && z.p.readOnly {
+		if !z.do(func() { n, err = z.poke(b, at) }) {
+			return n, z.over("write", at)
+		}
+	}
+	return n, err
+}
+
+// over is an error if the threads run again.
+func (z *frozen) over(op string, at target.Addr) error {
+	select {
+	case <-z.done:
+	default:
+		if !z.lapsed.Load() {
+			return nil
+		}
+	}
+	return z.p.refuse(op, at, target.ErrBusy, "the freeze is over")
+}
+
+// do runs f on the tracing thread.
+func (z *frozen) do(f func()) bool {
+	ran := make(chan struct{})
+	select {
+	case z.ops <- func() { f(); close(ran) }:
+		<-ran
+		return true
+	case <-z.done:
+		return false
+	}
+}
+
+// Thaw returns an error if the freeze had run out before, with the context's
+// end: the threads run, but what was done meanwhile may have met them running.
+func (z *frozen) Thaw() error {
+	z.once.Do(func() { close(z.release) })
+	<-z.done
+	if z.p.frozen == z {
+		z.p.frozen = nil
+	}
+	if !z.clean && !awaitEnd(z.tracer) {
+		return z.p.refuse("thaw", 0, target.ErrBusy, "the tracing thread %d does not end", z.tracer)
+	}
+	if z.lapsed.Load() {
+		return z.p.refuse("thaw", 0, target.ErrBusy, "the freeze had run out before, all threads run")
+	}
+	return nil
+}
+
+// Pause is the time from the first seize to the last detach.
+func (z *frozen) Pause() time.Duration {
+	select {
+	case <-z.done:
+		return z.pause
+	default:
+		return 0
+	}
+}
+
+func syscallName(nr int) string {
+	if name, ok := syscallNames[nr]; ok {
+		return name
+	}
+	return "system call " + strconv.Itoa(nr)
+}

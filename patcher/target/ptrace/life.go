@@ -1,0 +1,150 @@
+//go:build linux && amd64
+
+package ptrace
+
+import (
+	"encoding/binary"
+	"hash/fnv"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+
+	"hotpatchd/patcher/target"
+)
+
+// life is one program in one process, as the kernel tells it apart from others.
+type life struct {
+	id       target.ID
+	randomAt uint64    // address of the 16 bytes of AT_RANDOM, 0 if unknown
+	random   [2]uint64 // those bytes
+	sub      string    // "" or, with a dead main thread, "task/TID/" of one that lives
+	stat     stat
+}
+
+// auxv entries (getauxval(3)).
+const (
+	atNull   = 0
+	atRandom = 25
+)
+
+// readLife tells which life a process is in. mem is a descriptor of its memory,
+// or -1. Without the right to read memory the identity is the start time and
+// the place of the stack, where that is visible.
+//
+// The Go runtime clears AT_RANDOM when it starts: a Go program is another life
+// a moment after its exec than later, which costs one more look and no more.
+func readLife(dir procDir, pid, mem int) (life, error) {
+	l := life{id: target.ID{PID: pid}}
+	if err := l.look(dir); err != nil {
+		return l, err
+	}
+	sub := l.sub
+	h := fnv.New64a()
+	var word [8]byte
+	fold := func(v uint64) {
+		binary.LittleEndian.PutUint64(word[:], v)
+		h.Write(word[:])
+	}
+	fold(l.stat.start)
+	if auxv, err := dir.read(sub+"auxv", make([]byte, 0, 1024), 4096); err == nil {
+		for ; len(auxv) >= 16; auxv = auxv[16:] {
+			key := binary.LittleEndian.Uint64(auxv)
+			if key == atNull {
+				break
+			}
+			if key == atRandom {
+				l.randomAt = binary.LittleEndian.Uint64(auxv[8:])
+			}
+		}
+	}
+	if l.randomAt != 0 {
+		var b [16]byte
+		if n, err := readMem(dir, sub, mem, b[:], l.randomAt); err == nil && n == len(b) {
+			l.random[0] = binary.LittleEndian.Uint64(b[:])
+			l.random[1] = binary.LittleEndian.Uint64(b[8:])
+		} else {
+			l.randomAt = 0
+		}
+	}
+	// The place is random too and tells lives of Go programs apart.
+	fold(l.stat.startStack)
+	fold(l.randomAt)
+	h.Write(binary.LittleEndian.AppendUint64(binary.LittleEndian.AppendUint64(nil, l.random[0]), l.random[1]))
+	l.id.Start = h.Sum64()
+	return l, nil
+}
+
+// look reads the stat file, through a thread that lives if the main thread has
+// ended. The start stays that of the process.
+func (l *life) look(dir procDir) error {
+	l.sub = ""
+	if err := dir.stat("", &l.stat); err != nil {
+		return err
+	}
+	if !l.stat.dead() {
+		return nil
+	}
+	start := l.stat.start
+	sub, ok := "", false
+	if l.stat.threads > 1 {
+		sub, ok = liveThread(dir)
+	}
+	if !ok {
+		return unix.ESRCH
+	}
+	if err := dir.stat(sub, &l.stat); err != nil {
+		return err
+	}
+	l.sub, l.stat.start = sub, start
+	return nil
+}
+
+func readMem(dir procDir, sub string, mem int, b []byte, at uint64) (int, error) {
+	if mem < 0 {
+		fd, err := dir.open(sub+"mem", unix.O_RDONLY)
+		if err != nil {
+			return 0, err
+		}
+		defer unix.Close(fd)
+		mem = fd
+	}
+	return retry(func() (int, error) { return unix.Pread(mem, b, int64(at)) })
+}
+
+// same tells whether the process is still in this life, by a fresh look.
+func (l *life) same(dir procDir) bool {
+	now, err := readLife(dir, l.id.PID, -1)
+	return err == nil && now.id == l.id
+}
+
+// running tells whether a stopped thread is still in this life. It asks the
+// thread's present address space, so an exec just before cannot deceive it.
+func (l *life) running(tid int) bool {
+	if l.randomAt == 0 {
+		return true // not told from outside; the memory descriptor still keeps writes in the old life
+	}
+	a, e1 := peek(tid, l.randomAt)
+	b, e2 := peek(tid, l.randomAt+8)
+	return e1 == 0 && e2 == 0 && a == l.random[0] && b == l.random[1]
+}
+
+// liveThread finds a thread to look through when the main thread has ended:
+// with it gone, the files of the process itself are empty.
+func liveThread(dir procDir) (sub string, ok bool) {
+	task, err := openDir(dir, "task")
+	if err != nil {
+		return "", false
+	}
+	defer task.close()
+	tids, err := task.numbers(nil, make([]byte, 64<<10))
+	if err != nil {
+		return "", false
+	}
+	for _, tid := range tids {
+		var s stat
+		if task.stat(strconv.Itoa(tid)+"/", &s) == nil && !s.dead() {
+			return taskPath(tid), true
+		}
+	}
+	return "", false
+}
