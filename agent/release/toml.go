@@ -3,7 +3,6 @@ package release
 import (
 	"bytes"
 	"crypto/sha256"
-	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -106,7 +105,7 @@ func (i *Image) load(dir fs.FS, n int, files map[string][]byte) (string, error) 
 	if err != nil {
 		return "", err
 	}
-	arch, err := imageArch(content)
+	arch, stamp, err := checkImage(content)
 	if err != nil {
 		return "", fmt.Errorf("%s: %w", source, err)
 	}
@@ -124,6 +123,9 @@ func (i *Image) load(dir fs.FS, n int, files map[string][]byte) (string, error) 
 		i.Base = side.Identity
 	} else if sideErr != nil && !errors.Is(sideErr, fs.ErrNotExist) {
 		return "", sideErr
+	}
+	if i.Base.TimeDateStamp != stamp {
+		return "", fmt.Errorf("base has the time stamp %d, but the table of %s is for a base with %d", i.Base.TimeDateStamp, source, stamp)
 	}
 	i.Arch = arch
 	ext := path.Ext(i.Name)
@@ -196,26 +198,26 @@ func plainName(s string) string {
 	}, s)
 }
 
-// imageArch reads the machine word of a PE file: all that the manifest needs
-// from it. Whether it is a sound hotpatch image the builder and the patcher judge.
-func imageArch(b []byte) (string, error) {
-	const (
-		offsetAt = 0x3c // e_lfanew of IMAGE_DOS_HEADER
-		most     = 1 << 20
-	)
-	if len(b) < offsetAt+4 || b[0] != 'M' || b[1] != 'Z' {
-		return "", errors.New("not a PE file")
+// checkImage tells the architecture of a hotpatch image, and whether its table
+// is for a base with the stamp of the identity that goes into the manifest:
+// a side file of another build would make a release that fits nowhere.
+func checkImage(content []byte) (arch string, stamp uint32, err error) {
+	image, err := pe.Parse(bytes.NewReader(content), int64(len(content)))
+	if err != nil {
+		return "", 0, err
 	}
-	at := int64(binary.LittleEndian.Uint32(b[offsetAt:]))
-	if at > most || at+6 > int64(len(b)) || string(b[at:at+4]) != "PE\x00\x00" {
-		return "", errors.New("not a PE file")
-	}
-	machine := binary.LittleEndian.Uint16(b[at+4:])
-	arch := ArchOf(machine)
+	arch = ArchOf(image.Machine)
 	if arch == "" {
-		return "", fmt.Errorf("machine %#x: images for amd64 and arm64 can be patched", machine)
+		return "", 0, fmt.Errorf("machine %#x: images for amd64 and arm64 can be patched", image.Machine)
 	}
-	return arch, nil
+	table, err := image.HotPatch()
+	if err != nil {
+		return "", 0, err
+	}
+	if table == nil || len(table.Bases) != 1 {
+		return "", 0, errors.New("it has no hot patch table with one base: hotpatch-build image makes hotpatch images")
+	}
+	return arch, table.Bases[0].OriginalTimeDateStamp, nil
 }
 
 // normalize gives info the types it has when it is read back from JSON.

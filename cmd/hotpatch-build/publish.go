@@ -1,0 +1,121 @@
+package main
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"hotpatchd/agent/repository"
+)
+
+func publishCommand() *cobra.Command {
+	var (
+		repo, keys string
+		expires    = days(repository.DefaultExpires)
+		asJSON     bool
+	)
+	cmd := &cobra.Command{
+		Use:   "publish --repo DIR --keys KEYS [--expires 30d] ID.hotpatch…",
+		Short: "sign releases and add them to a repository",
+		Long: `Adds releases to the repository in DIR and makes it if there is none. DIR can be served by any
+web server or copied to a stick; devices get DIR/root.json with their config.
+The same release again changes nothing; an id with other content is refused.`,
+		Args: cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, files []string) error {
+			k, err := repository.LoadKeys(keys)
+			if err != nil {
+				return withHint(err, "hotpatch-build keys --dir %s", keys)
+			}
+			var releases [][]byte
+			for _, f := range files {
+				b, err := readInput(f)
+				if err != nil {
+					return fmt.Errorf("cannot read release: %w", err)
+				}
+				releases = append(releases, b)
+			}
+			res, err := repository.Publish(repo, k, releases, repository.PublishOptions{Expires: time.Duration(expires), Now: time.Now()})
+			if err != nil {
+				return fmt.Errorf("publish: %w", err)
+			}
+			return printResult(cmd, "hotpatch-publish/1", repo, res, asJSON)
+		},
+	}
+	repoFlags(cmd, &repo, &keys, &expires, &asJSON)
+	return cmd
+}
+
+// repoFlags are those of the commands that sign.
+func repoFlags(cmd *cobra.Command, repo, keys *string, expires *days, asJSON *bool) {
+	cmd.Flags().StringVar(repo, "repo", "", "folder of the repository")
+	cmd.Flags().StringVar(keys, "keys", "", "folder of the signing keys")
+	cmd.Flags().Var(expires, "expires", "how long timestamp and snapshot hold, like 30d or 12h")
+	cmd.Flags().BoolVar(asJSON, "json", false, "print one JSON document")
+	cmd.MarkFlagRequired("repo")
+	cmd.MarkFlagRequired("keys")
+}
+
+func printResult(cmd *cobra.Command, format, repo string, res repository.Result, asJSON bool) error {
+	out := cmd.OutOrStdout()
+	if asJSON {
+		return printJSON(out, struct {
+			document
+			repository.Result
+		}{newDocument(format), res})
+	}
+	if res.Created {
+		fmt.Fprintf(out, "made the repository %s; devices get %s/root.json with their config\n", repo, strings.TrimRight(repo, "/"))
+	}
+	for _, id := range res.Published {
+		fmt.Fprintf(out, "published %s\n", id)
+	}
+	for _, id := range res.Unchanged {
+		fmt.Fprintf(out, "%s was published before, with the same content\n", id)
+	}
+	if res.Changed && len(res.Published) == 0 {
+		fmt.Fprintln(out, "signed anew")
+	}
+	for _, w := range res.Warnings {
+		fmt.Fprintf(cmd.ErrOrStderr(), "warning: %s\n", w)
+	}
+	fmt.Fprintf(out, "good until %s (%s): run refresh before\n", res.Expires.Local().Format("2 Jan 2006 15:04"), res.ExpiresIn)
+	return nil
+}
+
+// days is a duration that also takes days, "30d".
+type days time.Duration
+
+func (d *days) String() string {
+	h := time.Duration(*d).Hours()
+	if h >= 24 && h == float64(int(h/24)*24) {
+		return fmt.Sprintf("%dd", int(h/24))
+	}
+	return time.Duration(*d).String()
+}
+
+func (d *days) Set(s string) error {
+	var v time.Duration
+	if n, ok := strings.CutSuffix(s, "d"); ok {
+		count, err := strconv.ParseUint(n, 10, 16)
+		if err != nil {
+			return fmt.Errorf("%q is not a number of days", n)
+		}
+		v = time.Duration(count) * 24 * time.Hour
+	} else {
+		var err error
+		if v, err = time.ParseDuration(s); err != nil {
+			return fmt.Errorf("%q is not a time like 30d or 12h", s)
+		}
+	}
+	const longest = 365 * 24 * time.Hour
+	if v <= 0 || v > longest {
+		return fmt.Errorf("%q is not above 0 and at most 365d", s)
+	}
+	*d = days(v)
+	return nil
+}
+
+func (d *days) Type() string { return "duration" }

@@ -1,0 +1,78 @@
+package main
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"hotpatchd/agent/release"
+)
+
+func releaseCommand() *cobra.Command {
+	var (
+		manifest, output string
+		asJSON           bool
+	)
+	cmd := &cobra.Command{
+		Use:   "release --manifest release.toml -o ID.hotpatch",
+		Short: "pack a manifest and hotpatch images into a release",
+		Long: `Packs what release.toml names into one file. The keys are those of release.json; an image needs
+name (of the base image) and file (the hotpatch image, relative to release.toml). Its base is taken
+from FILE.base.json, which the image command writes beside FILE, unless it is given.
+The same input gives the same bytes, always.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			text, err := readInput(manifest)
+			if err != nil {
+				return fmt.Errorf("cannot read manifest: %w", err)
+			}
+			m, files, err := release.FromTOML(text, folder(filepath.Dir(manifest)))
+			if err != nil {
+				return fmt.Errorf("%s: %w", manifest, err)
+			}
+			b, err := release.Write(m, files)
+			if err != nil {
+				return err
+			}
+			if output == "" {
+				output = m.ID + ".hotpatch"
+			}
+			if err := writeOutput(output, b); err != nil {
+				return err
+			}
+			if asJSON {
+				return printJSON(cmd.OutOrStdout(), struct {
+					document
+					File     string            `json:"file"`
+					Size     int               `json:"size"`
+					SHA256   string            `json:"sha256"`
+					Manifest *release.Manifest `json:"manifest"`
+				}{newDocument("hotpatch-built/1"), output, len(b), fmt.Sprintf("%x", sha256.Sum256(b)), m})
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "wrote %s: %s, sequence %d, %d images, %d bytes\n", output, m.ID, m.Sequence, len(m.Images)+len(m.Files), len(b))
+			return nil
+		},
+	}
+	cmd.Flags().StringVar(&manifest, "manifest", "", "the release.toml to pack")
+	cmd.Flags().StringVarP(&output, "output", "o", "", "file to write (default ID.hotpatch)")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print one JSON document")
+	cmd.MarkFlagRequired("manifest")
+	return cmd
+}
+
+// folder opens files relative to a folder, also above it and by absolute
+// path: the author names his own files.
+type folder string
+
+// Open implements fs.FS, without the restriction to names below the folder.
+func (f folder) Open(name string) (fs.File, error) {
+	path := filepath.FromSlash(name)
+	if !filepath.IsAbs(path) {
+		path = filepath.Join(string(f), path)
+	}
+	return os.Open(path)
+}

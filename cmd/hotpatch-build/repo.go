@@ -1,0 +1,86 @@
+package main
+
+import (
+	"fmt"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"hotpatchd/agent/repository"
+)
+
+func repoCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "repo",
+		Short: "look at a repository",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return &usageError{fmt.Errorf("repo needs a command: verify"), cmd.CommandPath()}
+		},
+	}
+	cmd.AddCommand(repoVerifyCommand())
+	return cmd
+}
+
+func repoVerifyCommand() *cobra.Command {
+	var (
+		repo   string
+		asJSON bool
+	)
+	cmd := &cobra.Command{
+		Use:   "verify --repo DIR",
+		Short: "check a repository as a device would that trusts its root.json",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			report, err := repository.Verify(repo, time.Now())
+			if err != nil {
+				return err
+			}
+			if asJSON {
+				err = printJSON(cmd.OutOrStdout(), struct {
+					document
+					repository.Report
+				}{newDocument("hotpatch-repository/1"), report})
+			} else {
+				err = printReport(cmd, report)
+			}
+			if n := report.Problems(); err == nil && n > 0 {
+				return fmt.Errorf("%d of %d releases would be refused by devices", n, len(report.Releases))
+			}
+			return err
+		},
+	}
+	cmd.Flags().StringVar(&repo, "repo", "", "folder of the repository")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print one JSON document")
+	cmd.MarkFlagRequired("repo")
+	return cmd
+}
+
+func printReport(cmd *cobra.Command, r repository.Report) error {
+	out := cmd.OutOrStdout()
+	n := len(r.Releases)
+	if r.Problems() == 0 {
+		fmt.Fprintf(out, "SOUND   %d of %d releases verify; root %d, timestamp %d, snapshot %d, targets %d\n\n", n, n, r.Root, r.Timestamp, r.Snapshot, r.Targets)
+	} else {
+		fmt.Fprintf(out, "NOT SOUND   %d of %d releases do not verify\n\n", r.Problems(), n)
+	}
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	for _, t := range r.Releases {
+		word := "good"
+		if t.Problem != "" {
+			word = "BAD"
+		}
+		fmt.Fprintf(w, "%s\t%s\t%d bytes\t%s\n", word, t.Target, t.Length, t.Problem)
+	}
+	for _, role := range []string{"timestamp", "snapshot", "targets", "root"} {
+		fmt.Fprintf(w, "ends\t%s\t%s\t\n", role, r.Expires[role])
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	for _, warning := range r.Warnings {
+		fmt.Fprintf(cmd.ErrOrStderr(), "warning: %s\n", warning)
+	}
+	return nil
+}
