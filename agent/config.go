@@ -222,7 +222,7 @@ func (c *Config) resolve(folder, goos string) {
 
 // check looks at each value and at what must fit together.
 func (c *Config) check(d *document, goos string) error {
-	for _, v := range []setting{{"state_dir", c.StateDir}, {"control.socket", c.Control.Socket}, {"policy.file", c.Policy.File}} {
+	for _, v := range []keyValue{{"state_dir", c.StateDir}, {"control.socket", c.Control.Socket}, {"policy.file", c.Policy.File}} {
 		if v.value == "" {
 			return d.errorf(v.key, "must not be empty")
 		}
@@ -258,11 +258,11 @@ func (c *Config) check(d *document, goos string) error {
 	return c.checkMetrics(d)
 }
 
-// setting is a key and its value.
-type setting struct{ key, value string }
+// keyValue is a key of the configuration and what it is set to.
+type keyValue struct{ key, value string }
 
 // unused refuses settings that would be passed over in silence.
-func (d *document) unused(settings []setting, why string) error {
+func (d *document) unused(settings []keyValue, why string) error {
 	for _, s := range settings {
 		if s.value != "" {
 			return d.errorf(s.key, "%s", why)
@@ -273,7 +273,7 @@ func (d *document) unused(settings []setting, why string) error {
 
 func (c *Config) checkRepository(d *document) error {
 	r := c.Repository
-	network := []setting{{"repository.proxy", r.Proxy}, {"repository.ca_file", r.CAFile}, {"repository.client_cert", r.ClientCert}}
+	network := []keyValue{{"repository.proxy", r.Proxy}, {"repository.ca_file", r.CAFile}, {"repository.client_cert", r.ClientCert}}
 	if r.URL == "" {
 		return d.unused(network, "has no use without [repository] url")
 	}
