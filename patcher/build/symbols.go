@@ -131,7 +131,7 @@ func firstDifference(a, b []byte) int {
 
 // hasCOFF tells whether any symbol comes from more than the export directory.
 func hasCOFF(list []pe.Symbol) bool {
-	return slices.ContainsFunc(list, func(s pe.Symbol) bool { return !s.Exported || s.External || s.Size != 0 })
+	return slices.ContainsFunc(list, func(s pe.Symbol) bool { return !s.Exported || s.Size != 0 })
 }
 
 // add merges symbols: one entry for a name and an RVA, with the most that any table says.
