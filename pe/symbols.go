@@ -102,7 +102,8 @@ func (im *Image) resolveNames() {
 
 // Symbols are the COFF symbols of a file that have an address, and the exports,
 // by RVA and name. Sizes come from auxiliary function records where there are
-// any. Of a mapped image only the exports are known.
+// any. Names with control bytes (the linker's own "\x7fapp_NULL_THUNK_DATA") are
+// left out. Of a mapped image only the exports are known.
 func (im *Image) Symbols() ([]Symbol, error) {
 	list, err := im.coffSymbols()
 	if err != nil {
