@@ -51,12 +51,9 @@ func walk(dec *json.Decoder, t reflect.Type, path string, depth int) error {
 	if depth > maxDepth {
 		return fmt.Errorf("field %q is nested deeper than %d", path, maxDepth)
 	}
-	token, err := dec.Token()
+	token, err := next(dec)
 	if err != nil {
-		if err == io.EOF {
-			err = io.ErrUnexpectedEOF
-		}
-		return fmt.Errorf("at byte %d: %w", dec.InputOffset(), err)
+		return err
 	}
 	switch token {
 	case nil:
@@ -73,10 +70,22 @@ func walk(dec *json.Decoder, t reflect.Type, path string, depth int) error {
 				return err
 			}
 		}
-		_, err := dec.Token()
+		_, err := next(dec)
 		return err
 	}
 	return nil
+}
+
+// next is the next token of a document that must not end yet.
+func next(dec *json.Decoder) (json.Token, error) {
+	token, err := dec.Token()
+	if err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
+	if err != nil {
+		return nil, fmt.Errorf("at byte %d: %w", dec.InputOffset(), err)
+	}
+	return token, nil
 }
 
 func walkObject(dec *json.Decoder, t reflect.Type, path string, depth int) error {
@@ -86,9 +95,9 @@ func walkObject(dec *json.Decoder, t reflect.Type, path string, depth int) error
 	}
 	seen := map[string]bool{}
 	for dec.More() {
-		token, err := dec.Token()
+		token, err := next(dec)
 		if err != nil {
-			return fmt.Errorf("at byte %d: %w", dec.InputOffset(), err)
+			return err
 		}
 		key, _ := token.(string)
 		at := key
@@ -113,7 +122,7 @@ func walkObject(dec *json.Decoder, t reflect.Type, path string, depth int) error
 			return err
 		}
 	}
-	_, err := dec.Token()
+	_, err := next(dec)
 	return err
 }
 
