@@ -68,6 +68,14 @@ func TestFromTOMLUnwind(t *testing.T) {
 	if err != nil || m.Unwind != UnwindRequired {
 		t.Errorf("the builder found unwinding: %v, %v", m, err)
 	}
+	// One image that needs it is enough, wherever it stands.
+	dir["out/demo-2.dll"] = dir["out/demo-1.dll"]
+	dir["out/demo-2.dll"+BaseSuffix] = demoFolder(t)["out/demo-1.dll"+BaseSuffix]
+	two := demoTOML + "[[images]]\nname = \"other.dll\"\nfile = \"out/demo-2.dll\"\n"
+	m, _, err = FromTOML([]byte(two), dir)
+	if err != nil || m.Unwind != UnwindRequired {
+		t.Errorf("one of two images unwinds: %v, %v", m, err)
+	}
 	m, _, err = FromTOML([]byte("unwind = \"none\"\n"+demoTOML), dir)
 	if err != nil || m.Unwind != UnwindNone {
 		t.Errorf("the author's word counts: %v, %v", m, err)

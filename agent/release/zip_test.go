@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io/fs"
+	"slices"
 	"strings"
 	"testing"
 	"unicode"
@@ -22,6 +23,7 @@ type part struct {
 	data   []byte
 	method uint16
 	change func(*zip.FileHeader)
+	tail   []byte // after the packed data, inside the entry
 }
 
 func zipOf(t testing.TB, comment string, parts ...part) []byte {
@@ -38,7 +40,7 @@ func zipOf(t testing.TB, comment string, parts ...part) []byte {
 				t.Fatal(err)
 			}
 			d.Close()
-			data = packed.Bytes()
+			data = append(packed.Bytes(), p.tail...)
 		}
 		h.CompressedSize64 = uint64(len(data))
 		if p.change != nil {
@@ -112,6 +114,15 @@ func evilZips(t testing.TB) []evilZip {
 	binary.LittleEndian.PutUint32(shortSize[central+24:], 1)
 	announced := bytes.Clone(sound)
 	announced[len(announced)-2] = 1
+	offset := bytes.Clone(sound) // the directory says another place
+	binary.LittleEndian.PutUint32(offset[central+42:], 7)
+	longSize := bytes.Clone(sound) // the local record says more bytes than the directory
+	local := bytes.Index(longSize, append([]byte("images/app-1.dll"), image.data...)) - localLength
+	binary.LittleEndian.PutUint32(longSize[local+22:], 49)
+	gap := bytes.Clone(sound) // bytes that no entry owns, before the directory
+	directory := int(binary.LittleEndian.Uint32(gap[len(gap)-endLength+16:]))
+	gap = slices.Insert(gap, directory, []byte("hidden")...)
+	binary.LittleEndian.PutUint32(gap[len(gap)-endLength+16:], uint32(directory+6))
 	return []evilZip{
 		{"comment", "follows its end", zipOf(t, "hello", manifest, image)},
 		{"comment announced", "comment", announced},
@@ -120,6 +131,10 @@ func evilZips(t testing.TB) []evilZip {
 		{"second directory", "directory does not end", hidden},
 		{"names disagree", "disagree", lying},
 		{"sizes disagree", "instead of", shortSize},
+		{"place disagrees", "begins at 7", offset},
+		{"local size disagrees", "disagree", longSize},
+		{"gap", "belong to no entry", gap},
+		{"bytes after the packed end", "follow its end", zipOf(t, "", manifest, part{name: image.name, data: image.data, method: zip.Deflate, tail: []byte("hidden")})},
 		{"manifest not first", "first entry", zipOf(t, "", image, manifest)},
 		{"no manifest", "first entry", zipOf(t, "", image)},
 		{"nothing", "empty", zipOf(t, "")},
