@@ -26,14 +26,22 @@ func AddHotPatch(dll []byte, spec HotPatchSpec) ([]byte, error) {
 	if err := e.run(&spec); err != nil {
 		return nil, fmt.Errorf("cannot add a hot patch table: %w", err)
 	}
-	again, err := Parse(bytes.NewReader(e.b), int64(len(e.b)))
-	if err == nil {
-		_, err = again.HotPatch()
-	}
-	if err != nil {
+	if err := e.readBack(); err != nil {
 		return nil, fmt.Errorf("cannot read back the hot patch table: %w", err)
 	}
 	return e.b, nil
+}
+
+func (e *editor) readBack() error {
+	im, err := Parse(bytes.NewReader(e.b), int64(len(e.b)))
+	if err != nil {
+		return err
+	}
+	h, err := im.HotPatch()
+	if err == nil && h == nil {
+		return badRVA("load configuration", im.Directories[dirLoadConfig].RVA, "no hot patch table")
+	}
+	return err
 }
 
 // editor changes the bytes of a file. im is the file as it was.
@@ -136,7 +144,8 @@ func (e *editor) pointTo(table []byte) error {
 			return err
 		}
 	}
-	le.PutUint32(e.sect[to-e.rva+lcHotPatch:], e.place(table))
+	at := e.place(table)
+	le.PutUint32(e.sect[to-e.rva+lcHotPatch:], at) // after place: it may move the bytes
 	e.setDirectory(dirLoadConfig, Directory{to, loadConfigSize})
 	return nil
 }
