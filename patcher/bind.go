@@ -14,6 +14,7 @@ type Bind struct {
 	Slot  uint32 // RVA in the hotpatch image
 	Value uint64
 	What  string // for people: "base+2010", "KERNEL32.dll!Sleep"
+	Kind  string // "pointer" into the base, "shared" slot of the base, "import"
 }
 
 // binder finds the values of all slots in one process. It reads only.
@@ -31,7 +32,7 @@ func (b *binder) bind(patch *Patch) ([]Bind, error) {
 	for _, r := range patch.inverse {
 		switch r.Type {
 		case pe.HotPatchAbsolute:
-			binds = append(binds, Bind{r.Place, uint64(b.base.Base) + uint64(r.Target), fmt.Sprintf("%s+%x", b.base.Name, r.Target)})
+			binds = append(binds, Bind{r.Place, uint64(b.base.Base) + uint64(r.Target), fmt.Sprintf("%s+%x", b.base.Name, r.Target), "pointer"})
 			bound[r.Place] = true
 		case pe.HotPatchIndirect:
 			v, err := read(b.p, b.base.Base+target.Addr(r.Target), 8)
@@ -42,7 +43,7 @@ func (b *binder) bind(patch *Patch) ([]Bind, error) {
 			if value == 0 {
 				return nil, blocked("import", Wait, "slot %x of %s is not bound yet", r.Target, b.base.Name)
 			}
-			binds = append(binds, Bind{r.Place, value, fmt.Sprintf("contents of %s+%x", b.base.Name, r.Target)})
+			binds = append(binds, Bind{r.Place, value, fmt.Sprintf("contents of %s+%x", b.base.Name, r.Target), "shared"})
 			bound[r.Place] = true
 		case pe.HotPatchFunction:
 			// Written when the image is placed: a jump back into the base.
@@ -66,7 +67,7 @@ func (b *binder) bind(patch *Patch) ([]Bind, error) {
 		if err != nil {
 			return nil, err
 		}
-		binds = append(binds, Bind{i.Slot, v, name})
+		binds = append(binds, Bind{i.Slot, v, name, "import"})
 	}
 	return binds, nil
 }

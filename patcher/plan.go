@@ -411,7 +411,7 @@ func (x *Plan) reuse(p target.Process, found []annex) (bool, error) {
 			return false, err
 		}
 		if same && sameSites(trial.Sites, a.Sites) {
-			trial.image, trial.Reused = nil, true
+			trial.image, trial.Reused, trial.AnnexSum = nil, true, a.sum
 			*x = trial
 			return true, nil
 		}

@@ -1,0 +1,346 @@
+// Package agent is the loop of the daemon: gather a view, decide, perform,
+// publish. One goroutine owns the state; control reads a published snapshot
+// and hands its wishes to that goroutine.
+//
+// Desired is what verified releases, policy and holds come to; actual is the
+// processes, their images and our records. Process start, fork, reboot, crash,
+// new release, policy change and rollback each only wake the same loop: losing
+// a wake-up costs latency, never correctness.
+//
+// SECURITY. The daemon runs as root. It parses, in this order of trust: its
+// configuration and policy (root's), its state file (its own), TUF metadata and
+// releases (verified to the root of trust before they are parsed as releases),
+// requests on the control socket (any local user; peer credentials decide), and
+// memory of foreign processes (hostile until hashed). Nothing is applied that
+// was not verified, and nothing applied is undone because a server, a clock or
+// a network failed, nor by stop, upgrade or crash of the daemon.
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+
+	"hotpatchd/agent/control"
+	"hotpatchd/agent/repository"
+	"hotpatchd/agent/store"
+	"hotpatchd/eligibility"
+	"hotpatchd/eligibility/probe"
+	"hotpatchd/patcher"
+	"hotpatchd/patcher/target"
+)
+
+// Options are what the daemon's shell supplies.
+type Options struct {
+	Config  *Config
+	Backend target.Backend
+	// Facts reads the device anew; it is asked at start and once an hour.
+	Facts   func(ctx context.Context) eligibility.Facts
+	Device  func(eligibility.Facts) probe.Device
+	Boot    string // id of this boot; records of another are over. "" = not known, records are judged by process alone
+	Log     *zap.Logger
+	Version string
+	Now     func() time.Time
+	Ready   func() // called once, after records were recovered and the first pass is done
+}
+
+// Agent is the daemon's heart. Its methods that serve control may be called
+// from any goroutine; everything else belongs to Run.
+type Agent struct {
+	o      Options
+	log    *zap.Logger
+	store  *store.Store
+	client *repository.Client // nil: no repository configured, or it cannot work
+	wake   chan struct{}
+	calls  chan func()
+	done   chan struct{} // closed when Run returns
+
+	// Owned by the loop.
+	policy    *Policy
+	policyErr error
+	facts     eligibility.Facts
+	factsAt   time.Time
+	verdict   eligibility.Verdict
+	device    probe.Device
+	offers    []repository.Offer
+	local     map[string]repository.Offer // installed from files with their own metadata
+	skipped   []repository.Skipped
+	verified  bool // some metadata was verified, now or in a former life
+	expires   time.Time
+	checkedAt time.Time // last check that succeeded
+	repoErr   *control.RepositoryError
+	releases  map[string]*loaded
+	loading   map[string]bool
+	retryLoad map[string]time.Time
+	procs     map[target.ID]*procState
+	scannedAt time.Time
+	scanErr   error
+	denied    int // processes that could not be looked into
+	rows      map[rowKey]row
+	notices   []control.Attention
+	dirty     bool
+	freeze    string // the backend's sentence
+
+	recMu   sync.Mutex
+	records map[string]patcher.Record
+
+	shown   atomic.Pointer[snapshot]
+	hub     hub
+	checkMu sync.Mutex // one refresh at a time
+}
+
+const (
+	// workers bounds how many processes are worked on side by side.
+	workers = 4
+	// factsEvery is how often the device is looked at anew.
+	factsEvery = time.Hour
+	// openTimeout bounds opening and reading one process.
+	openTimeout = 10 * time.Second
+	// maxNotices bounds what is kept of single events that a person should know.
+	maxNotices = 20
+)
+
+// New opens the state and reads policy and facts. It touches no process.
+func New(o Options) (*Agent, error) {
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	if err := os.MkdirAll(o.Config.StateDir, 0o700); err != nil {
+		return nil, fmt.Errorf("cannot make the state folder: %w", err)
+	}
+	st, damage, err := store.Open(filepath.Join(o.Config.StateDir, "state.db"))
+	if err != nil {
+		return nil, err
+	}
+	a := &Agent{
+		o: o, log: o.Log, store: st,
+		wake: make(chan struct{}, 1), calls: make(chan func()), done: make(chan struct{}),
+		local: map[string]repository.Offer{}, releases: map[string]*loaded{}, loading: map[string]bool{}, retryLoad: map[string]time.Time{},
+		procs: map[target.ID]*procState{}, rows: map[rowKey]row{}, records: map[string]patcher.Record{}, dirty: true,
+	}
+	if damage != nil {
+		a.notice("state-damaged", control.SeverityWarning, "the state file was damaged and set aside; patches in memory are adopted", damage.String())
+		a.history(own, control.HistoryEntry{Action: "state-damaged", Text: damage.String()})
+	}
+	if err := a.readState(); err != nil {
+		st.Close()
+		return nil, err
+	}
+	a.loadPolicy()
+	if p, ok := o.Backend.(target.Prober); ok {
+		ctx, cancel := context.WithTimeout(context.Background(), openTimeout)
+		a.freeze, err = p.Probe(ctx)
+		cancel()
+		if err != nil {
+			a.freeze = err.Error()
+		}
+	}
+	a.readFacts(context.Background())
+	a.openRepository()
+	a.publish()
+	return a, nil
+}
+
+// Close gives the state file back. Call it after Run has returned.
+func (a *Agent) Close() error { return a.store.Close() }
+
+// readState loads the records and the releases that came as files.
+func (a *Agent) readState() error {
+	return a.store.View(func(tx *store.Tx) error {
+		recs, err := tx.Records()
+		if err != nil {
+			return err
+		}
+		for key, b := range recs {
+			var r patcher.Record
+			if err := json.Unmarshal(b, &r); err != nil {
+				a.notice("record-damaged", control.SeverityWarning, "a record could not be read; the patch is adopted from memory", key+": "+err.Error())
+				continue
+			}
+			a.records[key] = r
+		}
+		b, ok := tx.Get(settingLocal)
+		if ok {
+			if err := json.Unmarshal(b, &a.local); err != nil {
+				a.notice("local-damaged", control.SeverityWarning, "the list of releases installed from files could not be read", err.Error())
+			}
+		}
+		return nil
+	})
+}
+
+// Run works until ctx ends. First of all it brings records and memory together.
+func (a *Agent) Run(ctx context.Context) error {
+	defer close(a.done)
+	a.history(own, control.HistoryEntry{Action: "start", Text: "hotpatchd " + a.o.Version + " started"})
+	a.recoverAll(ctx)
+	a.pass(ctx, "", nil)
+	if a.o.Ready != nil {
+		a.o.Ready()
+	}
+	wctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	a.watch(wctx, &wg)
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		timer.Reset(a.nextWake())
+		select {
+		case <-ctx.Done():
+			a.history(own, control.HistoryEntry{Action: "stop", Text: "hotpatchd stopped; what is applied stays"})
+			return nil
+		case fn := <-a.calls:
+			fn()
+		case <-a.wake:
+			a.pass(ctx, "", nil)
+		case <-timer.C:
+			a.pass(ctx, "", nil)
+		}
+	}
+}
+
+// Wake makes the loop look again soon.
+func (a *Agent) Wake() {
+	select {
+	case a.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Reload reads the policy anew.
+func (a *Agent) Reload() { a.post(func() { a.loadPolicy(); a.dirty = true; a.Wake() }) }
+
+// post hands a function to the loop without waiting.
+func (a *Agent) post(fn func()) {
+	go func() {
+		select {
+		case a.calls <- fn:
+		case <-a.done:
+		}
+	}()
+}
+
+var errStopping = errors.New("the daemon is stopping")
+
+// call runs fn in the loop and waits for it. What has begun is carried through
+// even if the caller goes away.
+func (a *Agent) call(ctx context.Context, fn func()) error {
+	ran := make(chan struct{})
+	select {
+	case a.calls <- func() { defer close(ran); fn() }:
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-a.done:
+		return errStopping
+	}
+	select {
+	case <-ran:
+		return nil
+	case <-a.done:
+		return errStopping
+	}
+}
+
+// nextWake is how long the loop may sleep: the scan interval, or less when
+// something is to be tried again.
+func (a *Agent) nextWake() time.Duration {
+	d := a.o.Config.Backend.ScanEvery
+	now := a.o.Now()
+	for _, p := range a.procs {
+		for _, im := range p.images {
+			for _, t := range im.Tried {
+				if t.State == control.Busy {
+					d = min(d, max(t.Next.Sub(now), time.Millisecond))
+				}
+			}
+		}
+	}
+	return d
+}
+
+// readFacts looks at the device and judges it.
+func (a *Agent) readFacts(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, openTimeout)
+	defer cancel()
+	a.facts, a.factsAt = a.o.Facts(ctx), a.o.Now()
+	a.device = a.o.Device(a.facts)
+	a.judge()
+}
+
+// judge applies the policy to the facts.
+func (a *Agent) judge() {
+	profile := eligibility.Profile(a.o.Config.Eligibility.Profile)
+	if profile == "auto" || profile == "" {
+		profile = eligibility.ProfileOf(a.facts)
+	}
+	was := a.verdict
+	a.verdict = eligibility.Judge(profile, a.facts, a.policy.Judged(a.o.Config.Policy.File, a.policyErr))
+	a.dirty = true
+	if was.Checks != nil && was.Eligible != a.verdict.Eligible {
+		text := "the device is eligible now"
+		if !a.verdict.Eligible {
+			text = fmt.Sprintf("the device is not eligible any more: %v; what is applied stays", openChecks(a.verdict))
+		}
+		a.history(own, control.HistoryEntry{Action: "eligibility", Text: text})
+		a.log.Info("eligibility changed", zap.Bool("eligible", a.verdict.Eligible), zap.Strings("open", openChecks(a.verdict)))
+	}
+}
+
+func openChecks(v eligibility.Verdict) []string {
+	out := []string{}
+	for _, c := range v.Checks {
+		if c.Open() {
+			out = append(out, string(c.ID))
+		}
+	}
+	return out
+}
+
+// loadPolicy reads the policy; a wrong one leaves the last good one in force, loudly.
+func (a *Agent) loadPolicy() {
+	p, err := LoadPolicy(a.o.Config.Policy.File)
+	if err != nil {
+		if a.policyErr == nil || a.policyErr.Error() != err.Error() {
+			a.log.Error("policy refused, the last good one stays in force", zap.Error(err))
+			a.history(own, control.HistoryEntry{Action: "policy-refused", Text: err.Error()})
+		}
+		a.policyErr = err
+		if a.facts != nil {
+			a.judge()
+		}
+		return
+	}
+	if a.policy != nil {
+		a.log.Info("policy read", zap.String("file", p.File), zap.Bool("absent", p.Absent))
+		a.history(own, control.HistoryEntry{Action: "policy", Text: "the policy was read anew"})
+	}
+	a.policy, a.policyErr = p, nil
+	if a.facts != nil {
+		a.judge()
+	}
+}
+
+// notice keeps something a person should know; detail goes to the log only.
+func (a *Agent) notice(code, severity, text, detail string) {
+	a.log.Warn(text, zap.String("code", code), zap.String("detail", detail))
+	for i := range a.notices {
+		if a.notices[i].Code == code && a.notices[i].Text == text {
+			return
+		}
+	}
+	if len(a.notices) == maxNotices {
+		a.notices = a.notices[1:]
+	}
+	a.notices = append(a.notices, control.Attention{Code: code, Severity: severity, Since: control.At(a.o.Now()), Text: text, Scope: control.Scope{Public: true}})
+	a.dirty = true
+}

@@ -1,0 +1,174 @@
+package agent
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"strconv"
+
+	"go.uber.org/zap"
+
+	"hotpatchd/agent/control"
+	"hotpatchd/agent/store"
+	"hotpatchd/patcher"
+	"hotpatchd/patcher/target"
+)
+
+// Keys of single settings in the store.
+const (
+	settingLocal   = "releases/local"    // JSON: id → Offer, of releases that came as files
+	settingFloors  = "repository/floors" // JSON: repository.Floors
+	settingInForce = "releases/in-force" // JSON: product → inForce
+)
+
+// inForce is the release of one product that this device has come to.
+type inForce struct {
+	ID       string       `json:"id"`
+	Sequence uint32       `json:"sequence"`
+	Month    string       `json:"month"`
+	Title    string       `json:"title"`
+	Severity string       `json:"severity"`
+	CVEs     []string     `json:"cves"`
+	Since    control.Time `json:"since"`
+}
+
+// own is the daemon as its own caller.
+var own = control.Caller{UID: os.Getuid(), GID: os.Getgid(), PID: os.Getpid(), User: "hotpatchd", Admin: true}
+
+// patcherFor makes the patcher of one process: each of its records is durable
+// before the next effect, with a line of history for each outcome.
+func (a *Agent) patcherFor(info target.Info, by control.Caller) *patcher.Patcher {
+	return &patcher.Patcher{Now: a.o.Now, Journal: func(r patcher.Record) error { return a.journal(r, info, by) }}
+}
+
+// journal stores a record, or drops one whose story is over, in one
+// transaction with the history. Memory is as before where a swap was given up:
+// then the older sequence is in force again.
+func (a *Agent) journal(r patcher.Record, info target.Info, by control.Caller) error {
+	r.Boot = a.o.Boot
+	keep := true
+	stored := r
+	switch r.State {
+	case patcher.Undone, patcher.Lost:
+		keep = false
+	case patcher.Gave:
+		if keep = r.Previous != nil; keep {
+			stored = *r.Previous
+			stored.Boot, stored.State, stored.At = a.o.Boot, patcher.Applied, r.At
+		}
+	}
+	err := a.store.Update(func(tx *store.Tx) error {
+		if keep {
+			b, err := json.Marshal(stored)
+			if err != nil {
+				return err
+			}
+			if err := tx.PutRecord(r.Key(), b); err != nil {
+				return err
+			}
+		} else if err := tx.DeleteRecord(r.Key()); err != nil {
+			return err
+		}
+		if e, ok := historyOf(r, info); ok {
+			_, err := tx.Append(stamped(e, by, a))
+			return err
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	a.recMu.Lock()
+	defer a.recMu.Unlock()
+	if keep {
+		a.records[r.Key()] = stored
+	} else {
+		delete(a.records, r.Key())
+	}
+	return nil
+}
+
+// historyOf tells an outcome in one line; steps on the way leave no line.
+func historyOf(r patcher.Record, info target.Info) (control.HistoryEntry, bool) {
+	e := control.HistoryEntry{Product: r.Product, Release: r.Release, PID: r.ID.PID, Exe: programOf(info), Image: r.Image}
+	switch r.State {
+	case patcher.Applied:
+		e.Action = "patched"
+		if r.Adopted {
+			e.Action = "adopted"
+		}
+		e.Text = fmt.Sprintf("%d functions of %s", len(r.Sites), r.Image)
+		e.Detail = map[string]string{"pause_us": strconv.FormatInt(r.Pause.Microseconds(), 10), "attempts": strconv.Itoa(r.Attempts)}
+	case patcher.Undone:
+		e.Action, e.Text = "undone", fmt.Sprintf("%s runs its original code again", r.Image)
+	case patcher.TornUp:
+		e.Action, e.Text = "torn", r.Note
+	case patcher.Lost:
+		e.Action, e.Text = "over", "the process or the image is not there any more"
+	case patcher.Gave:
+		e.Action, e.Text = "given-up", r.Note
+	default:
+		return e, false
+	}
+	return e, true
+}
+
+func stamped(e control.HistoryEntry, by control.Caller, a *Agent) control.HistoryEntry {
+	e.Time = control.At(a.o.Now())
+	e.Caller = control.HistoryCaller{UID: by.UID, GID: by.GID, User: by.User, PID: by.PID}
+	return e
+}
+
+// history appends one line. It cannot stop what has happened: an error is loud, not fatal.
+func (a *Agent) history(by control.Caller, e control.HistoryEntry) {
+	err := a.store.Update(func(tx *store.Tx) error {
+		_, err := tx.Append(stamped(e, by, a))
+		return err
+	})
+	if err != nil {
+		a.log.Error("cannot write the history", zap.String("action", e.Action), zap.Error(err))
+	}
+}
+
+// setting stores a JSON value under a key.
+func setting(tx *store.Tx, key string, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	return tx.Set(key, b)
+}
+
+// record finds the record of a life, an image base and a product.
+func (a *Agent) recordsOf(id target.ID, base target.Addr) map[string]patcher.Record {
+	a.recMu.Lock()
+	defer a.recMu.Unlock()
+	var out map[string]patcher.Record
+	for _, r := range a.records {
+		if r.ID == id && r.Base == base {
+			if out == nil {
+				out = map[string]patcher.Record{}
+			}
+			out[r.Product] = r
+		}
+	}
+	return out
+}
+
+func (a *Agent) allRecords() []patcher.Record {
+	a.recMu.Lock()
+	defer a.recMu.Unlock()
+	out := make([]patcher.Record, 0, len(a.records))
+	for _, r := range a.records {
+		out = append(out, r)
+	}
+	return out
+}
+
+// forget drops the record of a life that is over.
+func (a *Agent) forget(r patcher.Record, why string) {
+	r.State, r.Note = patcher.Lost, why
+	if err := a.journal(r, target.Info{ID: r.ID}, own); err != nil {
+		a.log.Error("cannot drop a record", zap.Int("pid", r.ID.PID), zap.Error(err))
+	}
+}

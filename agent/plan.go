@@ -1,0 +1,194 @@
+package agent
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+
+	"hotpatchd/agent/control"
+	"hotpatchd/agent/repository"
+	"hotpatchd/patcher"
+	"hotpatchd/patcher/target"
+)
+
+// Plan tells what a release would do to which process. It is the plan that
+// apply uses; nothing is changed by looking.
+func (a *Agent) Plan(ctx context.Context, c control.Caller, q control.PlanQuery) (*control.Plan, error) {
+	var o repository.Offer
+	var cerr *control.Error
+	if err := a.call(ctx, func() { o, cerr = a.offerFor(q.ID) }); err != nil {
+		return nil, err
+	}
+	if cerr != nil {
+		return nil, cerr
+	}
+	l := a.load(ctx, o)
+	if l.problem.Code != "" {
+		return nil, &control.Error{Code: control.CodeConflict, Text: l.problem.Text}
+	}
+	doc := &control.Plan{Release: o.ID, Sequence: int64(o.Sequence), Product: o.Product, Title: o.Title, Processes: []control.PlannedProcess{}}
+	found := q.PID == 0
+	err := a.call(ctx, func() {
+		for _, p := range a.procs {
+			if q.PID != 0 && p.info.PID != q.PID {
+				continue
+			}
+			found = true
+			if pp, ok := a.planProcess(ctx, p, l, q.PID != 0); ok {
+				doc.Coverage.Processes++
+				for _, im := range pp.Images {
+					doc.Coverage.Add(im.State)
+				}
+				doc.Processes = append(doc.Processes, pp)
+			}
+		}
+	})
+	if err == nil && !found {
+		err = &control.Error{Code: control.CodeNotFound, Text: fmt.Sprintf("no process %d, or none that can be seen", q.PID)}
+	}
+	sortProcesses(doc.Processes)
+	return doc, err
+}
+
+func (a *Agent) planProcess(ctx context.Context, p *procState, l *loaded, full bool) (control.PlannedProcess, bool) {
+	out := control.PlannedProcess{PID: p.info.PID, Start: p.info.Start, Exe: programOf(p.info), User: p.info.User, Unit: p.info.Unit, UID: p.info.UID, Images: []control.PlannedImage{}}
+	if p.info.Image != "" {
+		out.Host = p.info.Host
+	}
+	ctx, cancel := context.WithTimeout(ctx, openTimeout)
+	defer cancel()
+	var process target.Process
+	for _, im := range p.images {
+		named, same := match(&l.offer, &im.ImageView)
+		if !named && !same {
+			continue
+		}
+		pi := control.PlannedImage{Name: im.Name, Base: control.Addr(im.Base), Product: l.offer.Product, Release: l.offer.ID, Sequence: int64(l.offer.Sequence),
+			State: control.OtherBuild, ReasonCode: "identity", Reason: "this build is not one that the release names", Remedy: control.RemedyAuthor,
+			Functions: []control.PlannedFunc{}, Consistency: l.manifest.Consistency,
+			Identity: &control.Identity{Machine: im.Identity.Machine, SizeOfImage: im.Identity.SizeOfImage, TimeStamp: im.Identity.TimeDateStamp, CheckSum: im.Identity.CheckSum, RSDS: im.Identity.RSDS}}
+		if same {
+			if process == nil {
+				var err error
+				if process, err = a.o.Backend.Open(ctx, p.info.ID); err != nil {
+					if errors.Is(err, target.ErrGone) {
+						return out, false
+					}
+					a.refused(&pi, err)
+					out.Images = append(out.Images, pi)
+					continue
+				}
+				defer process.Close()
+			}
+			a.planImage(ctx, process, im, l, &pi, &out, full)
+		}
+		out.Images = append(out.Images, pi)
+	}
+	return out, len(out.Images) > 0
+}
+
+// planImage prepares the plan of one image and shows it.
+func (a *Agent) planImage(ctx context.Context, p target.Process, im *imageState, l *loaded, out *control.PlannedImage, proc *control.PlannedProcess, full bool) {
+	base, err := loadedAt(p, im.Base)
+	var plan *patcher.Plan
+	for _, patch := range l.patches {
+		if err != nil || !sameHeaders(patch.Base, im.Identity) {
+			continue
+		}
+		var r *patcher.Refusal
+		plan, err = patcher.Prepare(p, base, patch)
+		if errors.As(err, &r) && r.Reason == patcher.OtherBuild {
+			out.Reason, err = r.Text, nil
+			continue
+		}
+		break
+	}
+	var already *patcher.AlreadyApplied
+	switch {
+	case errors.As(err, &already):
+		out.State, out.ReasonCode, out.Reason, out.Remedy = control.Patched, "in-force", l.offer.ID+" is in force already", control.RemedyNone
+		return
+	case err != nil:
+		a.refused(out, err)
+		return
+	case plan == nil:
+		return
+	}
+	out.State, out.ReasonCode, out.Reason, out.Remedy = control.Patched, "", "", control.RemedyNone
+	if r, denied := a.deniedByPolicy(p.Info(), im.Name); denied {
+		out.State, out.ReasonCode, out.Reason, out.Remedy = control.Blocked, r.Code, r.Text, control.RemedyPolicy
+	}
+	if plan.Previous != nil {
+		out.Replaces = plan.Previous.Release
+	}
+	for _, s := range plan.Sites {
+		out.Functions = append(out.Functions, control.PlannedFunc{Name: s.Function, RVA: control.Addr(s.RVA), Size: uint64(s.Length), Address: control.Addr(s.At), New: control.Addr(s.Target), Method: s.Kind})
+	}
+	if full {
+		a.showPlan(ctx, p, plan, out, proc)
+	}
+}
+
+// deniedByPolicy tells whether the policy denies an image in a process.
+func (a *Agent) deniedByPolicy(info target.Info, image string) (reason, bool) {
+	if a.policy == nil {
+		return reason{}, false
+	}
+	d, ok := a.policy.Denied(programOf(info), info.User, image)
+	if !ok {
+		return reason{}, false
+	}
+	return because("denied", "denied by policy: %s", d), true
+}
+
+// showPlan adds the places byte by byte, and counts the threads in the way now.
+func (a *Agent) showPlan(ctx context.Context, p target.Process, plan *patcher.Plan, out *control.PlannedImage, proc *control.PlannedProcess) {
+	for i, w := range plan.Places() {
+		s := control.Site{Name: w.Function, RVA: control.Addr(w.RVA), Address: control.Addr(w.At), Kind: w.Kind,
+			OldBytes: hex.EncodeToString(w.Old), NewBytes: hex.EncodeToString(w.New), OldText: []string{}, NewText: []string{}, Order: i + 1}
+		for _, l := range patcher.Disassemble(w.Old, w.At) {
+			s.OldText = append(s.OldText, l.Text)
+		}
+		for _, l := range patcher.Disassemble(w.New, w.At) {
+			s.NewText = append(s.NewText, l.Text)
+		}
+		out.Sites = append(out.Sites, s)
+	}
+	out.Annex = showAnnex(plan.Record)
+	for i, prot := range plan.Protections() {
+		if i < len(out.Annex.Segments) {
+			out.Annex.Segments[i].Prot = prot.String()
+		}
+	}
+	for _, b := range plan.Binds {
+		out.Binds = append(out.Binds, control.Bind{Name: b.What, Kind: b.Kind, Found: true})
+	}
+	regions, err := p.Regions()
+	if err != nil {
+		return
+	}
+	f, err := p.Freeze(ctx)
+	if err != nil {
+		return // the plan stands; how many threads there are is not known
+	}
+	n, err := plan.ThreadsInside(p, f, regions)
+	if terr := f.Thaw(); terr != nil {
+		a.log.Error("cannot thaw after looking; closing the handle releases it")
+	}
+	proc.Threads = n
+	var r *patcher.Refusal
+	if errors.As(err, &r) {
+		proc.Inside = 1 // the first one found is named
+		out.Reason, out.ReasonCode, out.Remedy = r.Text, r.Code, control.RemedyWait
+	}
+}
+
+func (a *Agent) refused(out *control.PlannedImage, err error) {
+	o := a.failed(Intent{Proc: &Proc{}, Image: &ImageView{}}, err)
+	if o.try == nil {
+		return
+	}
+	out.State, out.ReasonCode, out.Reason, out.Remedy = o.try.State, o.try.Reason.Code, o.try.Reason.Text, o.try.Remedy
+	out.Refused = &control.Refusal{Code: o.try.Reason.Code, Text: o.try.Reason.Text}
+}

@@ -1,0 +1,261 @@
+package agent
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"go.uber.org/zap"
+
+	"hotpatchd/agent/control"
+	"hotpatchd/agent/release"
+	"hotpatchd/agent/repository"
+	"hotpatchd/agent/store"
+	"hotpatchd/patcher"
+)
+
+// loaded is a verified release ready to be applied, or why it cannot be.
+type loaded struct {
+	offer    repository.Offer
+	manifest release.Manifest
+	patches  []*patcher.Patch
+	problem  reason
+}
+
+// retryLoadAfter is how long a release that could not be loaded is left alone.
+const retryLoadAfter = time.Minute
+
+// openRepository makes the client and takes what was verified before, so that
+// a start without network knows what is in force.
+func (a *Agent) openRepository() {
+	c := a.o.Config.Repository
+	root, err := os.ReadFile(c.Root)
+	if err != nil && c.URL != "" {
+		a.repoErr = &control.RepositoryError{Code: repository.CodeConfig, Text: fmt.Sprintf("cannot read the root of trust: %v", err), Since: control.At(a.o.Now())}
+	}
+	if err != nil {
+		return
+	}
+	if c.URL == "" {
+		return // releases come as files, verified to the root by their own metadata
+	}
+	var floors repository.Floors
+	a.store.View(func(tx *store.Tx) error {
+		if b, ok := tx.Get(settingFloors); ok {
+			return json.Unmarshal(b, &floors)
+		}
+		return nil
+	})
+	a.client, err = repository.New(repository.Config{
+		URL: c.URL, Dir: filepath.Join(a.o.Config.StateDir, "repository"), InitialRoot: root,
+		Proxy: c.Proxy, CAFile: c.CAFile, ClientCert: c.ClientCert, Floors: floors, Now: a.o.Now,
+		Notice: func(text string) { a.log.Warn("repository cache", zap.String("text", text)) },
+	})
+	if err != nil {
+		a.repoErr = a.repositoryError(err)
+		return
+	}
+	if cat, err := a.client.Cached(); err == nil {
+		a.take(cat)
+	}
+}
+
+// take makes a verified catalog the one in use.
+func (a *Agent) take(cat *repository.Catalog) {
+	a.offers, a.skipped, a.expires, a.verified, a.dirty = cat.Offers, cat.Skipped, cat.Expires, true, true
+}
+
+func (a *Agent) repositoryError(err error) *control.RepositoryError {
+	e := &control.RepositoryError{Code: repository.CodeOf(err), Text: err.Error(), Since: control.At(a.o.Now())}
+	if e.Code == "" {
+		e.Code = repository.CodeUnreachable
+	}
+	var re *repository.Error
+	if errors.As(err, &re) {
+		e.Text = re.Text
+		if re.Hint != "" {
+			e.Text += "; " + re.Hint
+		}
+	}
+	return e
+}
+
+// refresh asks the repository. It runs outside the loop: servers may be slow.
+// What it finds is handed to the loop, success or not.
+func (a *Agent) refresh(ctx context.Context) error {
+	if a.client == nil {
+		return control.Errorf(control.CodeUnavailable, "no repository is configured, or its root of trust cannot be read")
+	}
+	a.checkMu.Lock()
+	cat, err := a.client.Refresh(ctx)
+	floors := a.client.Floors()
+	a.checkMu.Unlock()
+	cerr := a.call(ctx, func() {
+		if serr := a.store.Update(func(tx *store.Tx) error { return setting(tx, settingFloors, floors) }); serr != nil {
+			a.log.Error("cannot keep the repository's versions", zap.Error(serr))
+		}
+		a.dirty = true
+		if err != nil {
+			now := a.repositoryError(err)
+			if a.repoErr == nil || a.repoErr.Code != now.Code {
+				a.log.Warn("repository check failed", zap.String("code", now.Code), zap.Error(err))
+				a.history(own, control.HistoryEntry{Action: "check-failed", Text: now.Text})
+				a.repoErr = now
+			} else {
+				now.Since = a.repoErr.Since
+				a.repoErr = now
+			}
+			a.hub.send(control.Event{Type: control.EventRepository, Text: "repository: " + now.Text, Scope: control.Scope{Public: true}})
+		} else {
+			if a.repoErr != nil {
+				a.log.Info("repository check succeeded again")
+			}
+			a.repoErr, a.checkedAt = nil, a.o.Now()
+			a.take(cat)
+		}
+		a.Wake()
+	})
+	if err != nil {
+		return err
+	}
+	return cerr
+}
+
+// load fetches, verifies and reads one release. It runs outside the loop.
+func (a *Agent) load(ctx context.Context, o repository.Offer) *loaded {
+	l := &loaded{offer: o}
+	b, err := a.bytesOf(ctx, o)
+	if err != nil {
+		l.problem = because("fetch", "cannot fetch %s: %v", o.ID, err)
+		return l
+	}
+	r, err := release.Open(b)
+	if err == nil {
+		err = o.Agrees(&r.Manifest)
+	}
+	if err != nil {
+		l.problem = because("damaged", "%v", err)
+		return l
+	}
+	l.manifest = r.Manifest
+	if unknown := unknownFeatures(r.Requires.Features); len(unknown) > 0 {
+		l.problem = because("feature", "%s needs the feature %q, which this daemon does not have", o.ID, unknown[0])
+		return l
+	}
+	for i, im := range r.Images {
+		p, err := patcher.NewPatch(patcher.Origin{
+			Product: r.Product, Release: r.ID, Sequence: r.Sequence, Image: im.Name, Base: im.Base,
+			Consistency: r.Consistency, Unwind: r.Unwind,
+		}, r.ImageBytes(i))
+		if err != nil {
+			l.problem = because("damaged", "%v", err)
+			return l
+		}
+		l.patches = append(l.patches, p)
+	}
+	return l
+}
+
+// unknownFeatures: this engine has none that a release could ask for yet.
+func unknownFeatures(features []string) []string { return slices.Clone(features) }
+
+// bytesOf takes a release from those that came as files, else from the
+// repository (or its cache). Length and hash are those of verified metadata.
+func (a *Agent) bytesOf(ctx context.Context, o repository.Offer) ([]byte, error) {
+	b, err := os.ReadFile(a.localFile(o.ID))
+	if err == nil {
+		sum := sha256.Sum256(b)
+		if hex.EncodeToString(sum[:]) == o.SHA256 {
+			return b, nil
+		}
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		a.log.Warn("cannot read a release kept from a file", zap.String("id", o.ID), zap.Error(err))
+	}
+	if a.client == nil {
+		return nil, fmt.Errorf("no repository is configured")
+	}
+	return a.client.Fetch(ctx, o)
+}
+
+func (a *Agent) localFile(id string) string {
+	return filepath.Join(a.o.Config.StateDir, "releases", id+".hotpatch")
+}
+
+// keepLocal stores the bytes of a release that came as a file: written whole or not at all.
+func (a *Agent) keepLocal(id string, b []byte) error {
+	path := a.localFile(id)
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return err
+	}
+	f, err := os.CreateTemp(filepath.Dir(path), ".new-*")
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	err = errors.Join(err, f.Sync(), f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		os.Remove(f.Name())
+	}
+	return err
+}
+
+// want makes sure a release is being loaded; the loop goes on meanwhile.
+func (a *Agent) want(ctx context.Context, o repository.Offer) *loaded {
+	if l := a.releases[o.ID]; l != nil && l.offer.SHA256 == o.SHA256 {
+		if l.problem.Code == "" || a.o.Now().Before(a.retryLoad[o.ID]) {
+			return l
+		}
+	}
+	if !a.loading[o.ID] {
+		a.loading[o.ID] = true
+		go func() {
+			l := a.load(ctx, o)
+			a.post(func() { a.loading[o.ID] = false; a.keep(l); a.Wake() })
+		}()
+	}
+	return nil
+}
+
+// keep takes a loaded release into use.
+func (a *Agent) keep(l *loaded) {
+	a.releases[l.offer.ID] = l
+	a.dirty = true
+	if l.problem.Code == "" {
+		a.log.Info("release verified", zap.String("id", l.offer.ID), zap.String("product", l.offer.Product), zap.Uint32("sequence", l.offer.Sequence))
+		return
+	}
+	a.retryLoad[l.offer.ID] = a.o.Now().Add(retryLoadAfter)
+	a.log.Error("release refused", zap.String("id", l.offer.ID), zap.String("code", l.problem.Code), zap.String("text", l.problem.Text))
+	a.history(own, control.HistoryEntry{Action: "release-refused", Release: l.offer.ID, Product: l.offer.Product, Text: l.problem.Text})
+}
+
+// allOffers are those of the repository and those that came as files.
+func (a *Agent) allOffers() []repository.Offer {
+	out := slices.Clone(a.offers)
+	for _, o := range a.local {
+		if !slices.ContainsFunc(out, func(x repository.Offer) bool { return x.ID == o.ID }) {
+			out = append(out, o)
+		}
+	}
+	return out
+}
+
+func (a *Agent) offerOf(id string) (repository.Offer, bool) {
+	for _, o := range a.allOffers() {
+		if o.ID == id {
+			return o, true
+		}
+	}
+	return repository.Offer{}, false
+}

@@ -1,0 +1,317 @@
+package agent
+
+import (
+	"context"
+	"encoding/binary"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"go.uber.org/zap"
+
+	"hotpatchd/agent/control"
+	"hotpatchd/agent/release"
+	"hotpatchd/agent/store"
+	"hotpatchd/patcher"
+	"hotpatchd/patcher/target"
+	"hotpatchd/pe"
+)
+
+// procState is what the loop remembers of one life.
+type procState struct {
+	info   target.Info
+	images []*imageState
+	err    error     // why its images are not known
+	again  time.Time // when to look again although nothing changed, after an error
+}
+
+// imageState is what the loop remembers of one image in one life.
+type imageState struct {
+	ImageView
+	key rowKey
+}
+
+// lookAgain is when a process that could not be looked into is tried anew.
+const lookAgain = 30 * time.Second
+
+// scan brings the list of processes and images up to date. Its cost follows
+// starts and changes: a process whose mappings did not change is not opened.
+// It reports whether anything changed.
+func (a *Agent) scan(ctx context.Context) bool {
+	infos, err := a.o.Backend.List(ctx)
+	if err != nil {
+		if a.scanErr == nil {
+			a.log.Error("cannot list processes", zap.Error(err))
+		}
+		changed := a.scanErr == nil
+		a.scanErr = err
+		return changed
+	}
+	changed := a.scanErr != nil || a.scannedAt.IsZero()
+	a.scanErr = nil
+	seen := make(map[target.ID]bool, len(infos))
+	now := a.o.Now()
+	for i := range infos {
+		info := &infos[i]
+		seen[info.ID] = true
+		p := a.procs[info.ID]
+		if p != nil && p.info.Change == info.Change && (p.err == nil || now.Before(p.again)) {
+			continue
+		}
+		changed = true
+		if err := a.look(ctx, *info); errors.Is(err, target.ErrGone) {
+			delete(seen, info.ID)
+		}
+	}
+	for id := range a.procs {
+		if !seen[id] {
+			delete(a.procs, id)
+			changed = true
+		}
+	}
+	for _, r := range a.allRecords() {
+		if !seen[r.ID] && (r.Boot == a.o.Boot || r.Boot == "") {
+			a.forget(r, "the process is over")
+			changed = true
+		}
+	}
+	a.denied = 0
+	for _, p := range a.procs {
+		if p.err != nil && p.info.Image == "" {
+			a.denied++
+		}
+	}
+	a.scannedAt = now
+	return changed
+}
+
+// look opens one process and finds its images.
+func (a *Agent) look(ctx context.Context, info target.Info) error {
+	p := &procState{info: info}
+	old := a.procs[info.ID]
+	images, claims, err := a.imagesOf(ctx, info.ID)
+	if errors.Is(err, target.ErrGone) {
+		delete(a.procs, info.ID)
+		return err
+	}
+	if err != nil {
+		p.err, p.again = err, a.o.Now().Add(lookAgain)
+		if old != nil {
+			p.images = old.images // what was known stays known
+		}
+	}
+	for _, l := range images {
+		im := &imageState{ImageView: ImageView{Name: l.Name, Path: l.Path, Base: l.Base, Identity: headers(l.Image), Tried: map[string]Try{}}}
+		for _, c := range claims {
+			if c.Base == l.Base {
+				im.Claims = append(im.Claims, c)
+			}
+		}
+		im.key = rowKey{info.ID, l.Base}
+		if old != nil {
+			for _, o := range old.images {
+				if o.Base == im.Base && sameHeaders(o.Identity, im.Identity) {
+					im.Tried = o.Tried
+				}
+			}
+		}
+		p.images = append(p.images, im)
+	}
+	a.procs[info.ID] = p
+	return nil
+}
+
+func (a *Agent) imagesOf(ctx context.Context, id target.ID) ([]patcher.Loaded, []patcher.Claim, error) {
+	ctx, cancel := context.WithTimeout(ctx, openTimeout)
+	defer cancel()
+	p, err := a.o.Backend.Open(ctx, id)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer p.Close()
+	images, err := patcher.Images(p)
+	if err != nil || len(images) == 0 {
+		return nil, nil, err
+	}
+	claims, err := patcher.Claims(p)
+	return images, claims, err
+}
+
+// headers is the identity that headers tell.
+func headers(im *pe.Image) pe.Identity {
+	id := pe.Identity{Machine: im.Machine, SizeOfImage: im.SizeOfImage, TimeDateStamp: im.TimeDateStamp, CheckSum: im.CheckSum}
+	if r, err := im.RSDS(); err == nil && r != nil {
+		id.RSDS = r.String()
+	}
+	return id
+}
+
+// view gathers one value for decide.
+func (a *Agent) view(forced string) (View, wishes) {
+	now := a.o.Now()
+	w := a.wishes()
+	d := a.deviceFor()
+	fresh := a.expires.IsZero() || now.Before(a.expires)
+	v := View{
+		Now: now, Eligible: a.verdict.Eligible, Fails: openChecks(a.verdict), Forced: forced,
+		Choices: choose(a.allOffers(), d, w, now, fresh),
+		InScope: func(image string) bool {
+			g := a.o.Config.Repository.Images
+			return len(g) == 0 || MatchAny(g, image)
+		},
+		Deny: a.deniedByPolicy,
+	}
+	if a.policy != nil && len(a.policy.Hours) > 0 {
+		v.Closed = !a.policy.Hours.Open(now)
+	}
+	v.Paused = a.paused()
+	for _, p := range a.procs {
+		proc := Proc{Info: p.info, Err: p.err}
+		for _, im := range p.images {
+			iv := im.ImageView
+			iv.Records = a.recordsOf(p.info.ID, im.Base)
+			proc.Images = append(proc.Images, iv)
+		}
+		if len(proc.Images) > 0 {
+			v.Procs = append(v.Procs, proc)
+		}
+	}
+	return v, w
+}
+
+// deviceFor says this device in the words of releases.
+func (a *Agent) deviceFor() device {
+	d := device{OS: "linux", Arch: a.device.Arch, Place: a.place()}
+	if strings.HasPrefix(strings.ToLower(a.device.OS), "windows") {
+		d.OS = "windows"
+	}
+	return d
+}
+
+func (a *Agent) paused() reason {
+	paused := false
+	a.store.View(func(tx *store.Tx) error { paused = tx.Paused(); return nil })
+	switch {
+	case paused:
+		return because("paused", "paused by the operator")
+	case a.policy != nil && a.policy.Pause:
+		return because("paused", "paused by the policy")
+	}
+	return reason{}
+}
+
+// wishes gathers holds, installs, what is in force and the floors.
+func (a *Agent) wishes() wishes {
+	w := wishes{Products: a.o.Config.Repository.Products, Mode: Automatic, Installed: map[string]bool{}, InForce: map[string]string{}, Floors: map[string]uint32{}}
+	if a.policy != nil && a.policy.Mode != "" {
+		w.Mode = a.policy.Mode
+	}
+	holds := map[string]store.Hold{}
+	err := a.store.View(func(tx *store.Tx) error {
+		var err error
+		if holds, err = tx.Holds(); err != nil {
+			return err
+		}
+		installed, err := tx.Installed()
+		if err != nil {
+			return err
+		}
+		for id := range installed {
+			w.Installed[id] = true
+		}
+		floors, err := tx.Floors()
+		if err != nil {
+			return err
+		}
+		for k, n := range floors {
+			w.Floors[k] = uint32(n)
+		}
+		for product, f := range inForceIn(tx) {
+			w.InForce[product] = f.ID
+		}
+		return nil
+	})
+	if err != nil {
+		a.log.Error("cannot read the state", zap.Error(err))
+	}
+	w.Hold = func(id string) (reason, bool) {
+		if h, ok := holds[id]; ok {
+			text := fmt.Sprintf("held by %s since %s", h.By, h.Since.UTC().Format(time.RFC3339))
+			if h.Reason != "" {
+				text += ": " + h.Reason
+			}
+			return reason{"held", text}, true
+		}
+		if a.policy != nil && a.policy.Held(id) {
+			return because("held", "held by the policy"), true
+		}
+		return reason{}, false
+	}
+	return w
+}
+
+func inForceIn(tx *store.Tx) map[string]inForce {
+	out := map[string]inForce{}
+	if b, ok := tx.Get(settingInForce); ok {
+		_ = json.Unmarshal(b, &out) // damaged: the next release that comes into force writes it anew
+	}
+	return out
+}
+
+// place is where this device stands in rollouts, 0 to 99: the policy's ring,
+// else a hash of the device id, the same for ever.
+func (a *Agent) place() int {
+	if a.policy != nil && a.policy.Ring >= 0 {
+		return a.policy.Ring
+	}
+	b, err := hex.DecodeString(a.device.ID)
+	if err != nil || len(b) < 8 {
+		return 0
+	}
+	return int(binary.BigEndian.Uint64(b) % 100)
+}
+
+// programOf names a process as people know it: the PE program where it is
+// known, else what hosts it.
+func programOf(info target.Info) string {
+	switch {
+	case info.Image != "":
+		return info.Image
+	case info.Exe != "":
+		return info.Exe
+	}
+	return info.Host
+}
+
+func foldEqual(a, b string) bool { return strings.EqualFold(a, b) }
+
+func lastElement(path string) string {
+	if i := strings.LastIndexAny(path, `/\`); i >= 0 {
+		return path[i+1:]
+	}
+	return path
+}
+
+// deniedImage stands for the unknown images of a process that is known to run
+// a PE program but may not be opened: it is reported, not passed over.
+func deniedRow(p *procState, choices map[string]choice) (control.Image, bool) {
+	if p.err == nil || p.info.Image == "" || len(p.images) > 0 {
+		return control.Image{}, false
+	}
+	name := lastElement(p.info.Image)
+	for _, c := range choices {
+		o := c.Want
+		if o == nil {
+			o = c.Latest
+		}
+		if o == nil || o.Kind != release.KindHotpatch {
+			continue
+		}
+		return control.Image{Name: name, Product: c.Product, Release: o.ID, Sequence: int64(o.Sequence), State: control.Blocked,
+			ReasonCode: "denied", Reason: "the process may not be opened: the system refuses access", Remedy: control.RemedyPolicy, Detail: p.err.Error()}, true
+	}
+	return control.Image{}, false
+}
