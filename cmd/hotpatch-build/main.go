@@ -69,7 +69,10 @@ func rootCommand() *cobra.Command {
 	root.AddCommand(
 		imageCommand(),
 		implibCommand(),
+		inspectCommand(),
+		diffCommand(),
 		releaseCommand(),
+		testCommand(),
 		keysCommand(),
 		publishCommand(),
 		rolloutCommand(),
