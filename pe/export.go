@@ -30,8 +30,7 @@ func (im *Image) ExportName() (string, error) {
 	if rva == 0 {
 		return "", nil
 	}
-	budget := MaxNameBytes
-	return w.name(rva, &budget)
+	return w.name(rva)
 }
 
 // Exports reads the export directory: by ordinal, several names of one ordinal
@@ -54,7 +53,6 @@ func (im *Image) Exports() ([]Export, error) {
 	}
 	byOrdinal := make(map[uint32][]string)
 	ow, sw := im.window("export ordinals"), im.window("export names")
-	budget := MaxNameBytes
 	for i := range nname {
 		b, err := ow.bytes(ords+2*i, 2)
 		if err != nil {
@@ -68,7 +66,7 @@ func (im *Image) Exports() ([]Export, error) {
 		if err != nil {
 			return nil, err
 		}
-		s, err := sw.name(rva, &budget)
+		s, err := sw.name(rva)
 		if err != nil {
 			return nil, err
 		}
@@ -86,7 +84,7 @@ func (im *Image) Exports() ([]Export, error) {
 		e := Export{Ordinal: base + i, RVA: rva}
 		switch {
 		case rva >= d.RVA && rva-d.RVA < d.Size:
-			if e.Forward, err = sw.name(rva, &budget); err != nil {
+			if e.Forward, err = sw.name(rva); err != nil {
 				return nil, err
 			}
 			if i := strings.LastIndexByte(e.Forward, '.'); i <= 0 || i == len(e.Forward)-1 {

@@ -55,6 +55,9 @@ func (im *Image) HotPatch() (*HotPatchInfo, error) {
 	if h.Size < n || h.Size > MaxHotPatchTable || uint64(rva)+uint64(h.Size) > uint64(im.SizeOfImage) {
 		return nil, badRVA(hotPatchWhere, rva+4, "size %d, want %d to %d inside the image", h.Size, n, MaxHotPatchTable)
 	}
+	if !im.backed(rva, uint64(h.Size)) {
+		return nil, badRVA(hotPatchWhere, rva+4, "size %d ends outside the section", h.Size)
+	}
 	if h.SequenceNumber == 0 {
 		return nil, badRVA(hotPatchWhere, rva+8, "sequence number 0")
 	}

@@ -223,7 +223,7 @@ func TestHotPatchRefuses(t *testing.T) {
 		{"size under the header", 4, uint32(35), "size 35"},
 		{"size over the cap", 4, uint32(MaxHotPatchTable + 1), "size"},
 		{"size over the image", 4, uint32(0x7000), "size"},
-		{"size over the section", 4, uint32(0x5000), "outside headers"},
+		{"size over the section", 4, uint32(0x5000), "outside the section"},
 		{"size under the chunks", 4, uint32(len(good) - 4), "outside the table"},
 		{"sequence 0", 8, uint32(0), "sequence"},
 		{"list outside", 12, uint32(len(good) - 3), "outside the table"},

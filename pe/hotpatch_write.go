@@ -100,10 +100,10 @@ func (e *editor) setDirectory(i int, d Directory) {
 
 // raw gives the n bytes of the file that become rva, for writing.
 func (e *editor) raw(where string, rva, n uint32) ([]byte, error) {
-	r, ok := e.im.runAt(rva)
-	if !ok || uint64(rva-r.begin)+uint64(n) > uint64(r.raw) {
+	if !e.im.backed(rva, uint64(n)) {
 		return nil, badRVA(where, rva, "%d bytes are not in the file", n)
 	}
+	r, _ := e.im.runAt(rva)
 	off := r.off + int64(rva-r.begin)
 	return e.b[off : off+int64(n) : off+int64(n)], nil
 }
@@ -231,7 +231,6 @@ func (e *editor) removeImports(spec *HotPatchSpec) error {
 	}
 	d := e.im.Directories[dirImport]
 	w := e.im.window(where)
-	budget := MaxNameBytes
 	kept, n := uint32(0), uint32(0)
 	for ; d.RVA != 0; n++ { // Imports has read the same list: it ends
 		desc, err := e.raw(where, d.RVA+20*n, 20)
@@ -245,7 +244,7 @@ func (e *editor) removeImports(spec *HotPatchSpec) error {
 		if x.name == 0 {
 			break
 		}
-		name, err := w.name(x.name, &budget)
+		name, err := w.name(x.name)
 		if err != nil {
 			return err
 		}

@@ -4,8 +4,7 @@ package pe
 // its own order. In memory the names come from the lookup table: an image
 // without one has lost them when it was bound, which is a FormatError.
 func (im *Image) Imports() ([]Import, error) {
-	rd := &importReader{im: im, w: im.window("import descriptors"), t: im.window("import lookup table"),
-		s: im.window("import names"), budget: MaxNameBytes}
+	rd := &importReader{im: im, w: im.window("import descriptors"), t: im.window("import lookup table"), s: im.window("import names")}
 	if d := im.Directories[dirImport]; d.RVA != 0 {
 		if err := rd.descriptors(d.RVA, 20, im.ordinary); err != nil {
 			return nil, err
@@ -22,7 +21,6 @@ func (im *Image) Imports() ([]Import, error) {
 type importReader struct {
 	im      *Image
 	w, t, s *window
-	budget  int
 	list    []Import
 }
 
@@ -74,7 +72,7 @@ func (rd *importReader) descriptors(rva uint32, size int, decode func([]byte, ui
 		if d.name == 0 {
 			return nil
 		}
-		dll, err := rd.s.name(d.name, &rd.budget)
+		dll, err := rd.s.name(d.name)
 		if err != nil {
 			return err
 		}
@@ -115,7 +113,7 @@ func (rd *importReader) symbols(dll string, d descriptor) error {
 				return err
 			}
 			imp.Hint = le.Uint16(h)
-			if imp.Name, err = rd.s.name(uint32(v)+2, &rd.budget); err != nil {
+			if imp.Name, err = rd.s.name(uint32(v) + 2); err != nil {
 				return err
 			}
 		}

@@ -18,12 +18,18 @@ const (
 	MaxImportDLLs = 4096
 	// MaxNameLength bounds one symbol or DLL name: MSVC cuts decorated names at 4096.
 	MaxNameLength = 4096
-	// MaxNameBytes bounds all names of one table together: names may overlap in
-	// the image, and a small image must not unfold into a large answer.
+	// MaxNameBytes bounds all names of one table together. Names may overlap in
+	// the image: a small image must not unfold into a large answer, so they
+	// also stay under nameFactor times what was read, and nameSlack.
 	MaxNameBytes = 16 << 20
-	// MaxDirectory bounds relocation and unwind directories, which are read
-	// entry by entry: an image of 100 MB has some hundred KB of either.
-	MaxDirectory = 64 << 20
+	// MaxDirectory bounds a data directory. The largest that are read whole are
+	// relocations: an image of 100 MB has some hundred KB, each byte of which
+	// takes four of ours.
+	MaxDirectory = 16 << 20
+	// MaxUnwindRecords bounds .pdata: images of 100 MB have some 60,000 records.
+	MaxUnwindRecords = 1 << 20
+	// MaxStringTable bounds the COFF string table, which is read whole.
+	MaxStringTable = 64 << 20
 	// MaxGuardFunctions bounds a CFG or EH continuation table; browsers have some hundred thousand.
 	MaxGuardFunctions = 1 << 21
 	// MaxLoadConfig bounds the load configuration's own size; today's is 0x148.
@@ -57,7 +63,9 @@ const (
 	// read of a live process; 16 KiB hold 1,000 unwind records.
 	windowSize = 16 << 10
 	// hashChunk is the buffer of streamed hashing.
-	hashChunk = 64 << 10
+	hashChunk  = 64 << 10
+	nameFactor = 4
+	nameSlack  = 64 << 10
 )
 
 // Machine numbers that are parsed.

@@ -105,6 +105,9 @@ func (im *Image) guardTable(where string, va, count uint64, stride uint32, add f
 	if count > MaxGuardFunctions || at+count*uint64(stride) > uint64(im.SizeOfImage) {
 		return badRVA(where, uint32(at), "%d entries of %d bytes, at most %d inside the image", count, stride, MaxGuardFunctions)
 	}
+	if !im.backed(uint32(at), count*uint64(stride)) {
+		return badRVA(where, uint32(at), "%d entries end outside the section", count)
+	}
 	w := im.window(where)
 	for i := range uint32(count) {
 		b, err := w.bytes(uint32(at)+i*stride, int(stride))

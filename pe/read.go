@@ -76,6 +76,12 @@ func (im *Image) ReadRVA(p []byte, rva uint32) error {
 	return nil
 }
 
+// backed tells whether the file holds the n bytes at rva. In memory only reading tells.
+func (im *Image) backed(rva uint32, n uint64) bool {
+	r, ok := im.runAt(rva)
+	return ok && uint64(rva-r.begin)+n <= uint64(r.raw)
+}
+
 // window reads tables and strings of an image through one small buffer, so
 // that a live process is not asked once per word and a lying length costs
 // nothing. What it returns is valid until the next call.
@@ -85,6 +91,8 @@ type window struct {
 	begin uint32
 	buf   []byte
 	store [windowSize]byte
+
+	loaded, named int // bytes read, bytes of names given out
 }
 
 func (im *Image) window(where string) *window { return &window{im: im, where: where} }
@@ -127,6 +135,7 @@ func (w *window) load(begin, n uint32) error {
 		return err
 	}
 	w.buf = w.store[:n]
+	w.loaded += int(n)
 	return nil
 }
 
@@ -138,10 +147,9 @@ func (w *window) u32(rva uint32) (uint32, error) {
 	return le.Uint32(b), nil
 }
 
-// name reads a NUL-terminated name of 1 to MaxNameLength printable bytes and
-// takes its length off *budget. Control bytes are refused: names reach
-// terminals and logs.
-func (w *window) name(rva uint32, budget *int) (string, error) {
+// name reads a NUL-terminated name of 1 to MaxNameLength printable bytes.
+// Control bytes are refused: names reach terminals and logs.
+func (w *window) name(rva uint32) (string, error) {
 	var out []byte
 	for at := rva; ; {
 		if _, err := w.bytes(at, 1); err != nil {
@@ -169,8 +177,9 @@ func (w *window) name(rva uint32, budget *int) (string, error) {
 			return "", badRVA(w.where, rva+uint32(i), "name holds byte 0x%02x", c)
 		}
 	}
-	if *budget -= len(out); *budget < 0 {
-		return "", badRVA(w.where, rva, "names of more than %d bytes in all", MaxNameBytes)
+	w.named += len(out)
+	if most := min(MaxNameBytes, nameFactor*w.loaded+nameSlack); w.named > most {
+		return "", badRVA(w.where, rva, "names of more than %d bytes in all", most)
 	}
 	return string(out), nil
 }

@@ -69,7 +69,7 @@ func (im *Image) stringTable() (stringTable, error) {
 		return nil, err
 	}
 	size := le.Uint32(n[:])
-	if size > MaxDirectory || at+int64(size) > im.size {
+	if size > MaxStringTable || at+int64(size) > im.size {
 		return nil, badFile("COFF string table", at, "%d bytes, the file has 0x%x", size, im.size)
 	}
 	t := make(stringTable, size)
@@ -148,7 +148,7 @@ func (im *Image) coffSymbols() ([]Symbol, error) {
 		return nil, err
 	}
 	var list []Symbol
-	budget := MaxNameBytes
+	budget := nameFactor*(len(strings)+symbolSize*int(count)) + nameSlack // names may share bytes
 	const batch = 512
 	buf := make([]byte, 0, batch*symbolSize)
 	first := uint32(0) // index of the symbol at buf[0]
@@ -195,7 +195,7 @@ func (im *Image) coffSymbols() ([]Symbol, error) {
 					}
 				}
 				if budget -= len(name); budget < 0 {
-					return nil, badFile("COFF symbols", at, "names of more than %d bytes in all", MaxNameBytes)
+					return nil, badFile("COFF symbols", at, "names of many times the string table's %d bytes", len(strings))
 				}
 				list = append(list, y)
 			}

@@ -19,6 +19,9 @@ func (im *Image) UnwindSpans() ([]UnwindSpan, error) {
 	if err := im.checkDirectory(unwindWhere, d); err != nil {
 		return nil, err
 	}
+	if d.Size/8 > MaxUnwindRecords {
+		return nil, badRVA(unwindWhere, d.RVA, "%d bytes, at most %d records", d.Size, MaxUnwindRecords)
+	}
 	u := unwindReader{im: im, w: im.window(unwindWhere), x: im.window("unwind information")}
 	record, size := u.amd64, uint32(12)
 	if im.Machine == MachineARM64 {
@@ -49,6 +52,7 @@ type unwindReader struct {
 	im   *Image
 	w, x *window
 	list []UnwindSpan
+	hops int // records read for the sake of others
 }
 
 // Flags of UNWIND_INFO.
@@ -89,6 +93,10 @@ func (u *unwindReader) amd64(b []byte, at uint32) (UnwindSpan, error) {
 				return s, nil
 			}
 			next = tail
+		}
+		// Chains are rare and short: all of them long would cost hours.
+		if u.hops++; u.hops > 2*len(u.list)+1024 {
+			return s, badRVA(unwindWhere, at, "more chained records than functions")
 		}
 		b, err := u.x.bytes(next, 12)
 		if err != nil {
