@@ -127,6 +127,7 @@ int main(int c, char **v)
 {
 	parse(c, v);
 	arguments = v;
+	signal(SIGPIPE, SIG_IGN); /* a child may end before its command reaches it */
 	share(opt.shared);
 	take_block();
 	map_probe();
