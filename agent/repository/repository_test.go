@@ -4,11 +4,17 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
+	"io/fs"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/theupdateframework/go-tuf/v2/metadata"
 
 	"hotpatchd/agent/release"
 	"hotpatchd/pe"
@@ -96,6 +102,129 @@ func (f *fixture) clientIn(url, dir string, floors Floors) *Client {
 		f.t.Fatal(err)
 	}
 	return c
+}
+
+// serve starts a web server over the repository. meddle may answer a request
+// itself and then returns true.
+func (f *fixture) serve(meddle func(w http.ResponseWriter, r *http.Request) bool) *httptest.Server {
+	f.t.Helper()
+	files := http.FileServer(http.Dir(f.dir))
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if meddle == nil || !meddle(w, r) {
+			files.ServeHTTP(w, r)
+		}
+	}))
+	f.t.Cleanup(s.Close)
+	return s
+}
+
+// sources are the two ways to a repository; a test that changes files of the
+// folder runs over both.
+func (f *fixture) sources() map[string]string {
+	return map[string]string{"file": "", "http": f.serve(nil).URL}
+}
+
+func (f *fixture) file(name string) string { return filepath.Join(f.dir, filepath.FromSlash(name)) }
+
+func (f *fixture) read(name string) []byte {
+	f.t.Helper()
+	b, err := os.ReadFile(f.file(name))
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	return b
+}
+
+func (f *fixture) write(name string, b []byte) {
+	f.t.Helper()
+	if err := os.WriteFile(f.file(name), b, 0o644); err != nil {
+		f.t.Fatal(err)
+	}
+}
+
+// snapshot of the folder, to put it back later.
+func (f *fixture) save() map[string][]byte {
+	f.t.Helper()
+	files := map[string][]byte{}
+	err := filepath.WalkDir(f.dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		rel, err := filepath.Rel(f.dir, path)
+		if err == nil {
+			files[filepath.ToSlash(rel)], err = os.ReadFile(path)
+		}
+		return err
+	})
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	return files
+}
+
+// resign signs m for role by what the repository's root names, as a thief of
+// keys would, and writes it as name.
+func resign[T metadata.Roles](f *fixture, m *metadata.Metadata[T], role, name string, keys Keys) []byte {
+	f.t.Helper()
+	root, err := metadata.Root().FromBytes(f.root())
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	m.ClearSignatures()
+	for _, key := range keys[role] {
+		root.Signed.Roles[role].Threshold = 1
+		_, id, err := tufKey(key)
+		if err != nil {
+			f.t.Fatal(err)
+		}
+		root.Signed.Roles[role].KeyIDs = []string{id}
+		one := &metadata.Metadata[T]{Signed: m.Signed}
+		if err := sign(one, role, root, Keys{role: {key}}); err != nil {
+			f.t.Fatal(err)
+		}
+		m.Signatures = append(m.Signatures, one.Signatures...)
+	}
+	b, err := m.ToBytes(true)
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	f.write("metadata/"+name, b)
+	return b
+}
+
+func parse[T metadata.Roles](f *fixture, m *metadata.Metadata[T], name string) *metadata.Metadata[T] {
+	f.t.Helper()
+	m, err := m.FromBytes(f.read("metadata/" + name))
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	return m
+}
+
+func mustRefresh(t testing.TB, c *Client) *Catalog {
+	t.Helper()
+	catalog, err := c.Refresh(context.Background())
+	if err != nil {
+		t.Fatalf("%v: %v", err, errors.Unwrap(err))
+	}
+	return catalog
+}
+
+// refused refreshes and wants the code; what was known before must stay.
+func refused(t testing.TB, c *Client, code string) *Error {
+	t.Helper()
+	before, beforeErr := c.Cached()
+	_, err := c.Refresh(context.Background())
+	if CodeOf(err) != code {
+		t.Fatalf("refresh: %v (code %q, cause %v), want %q", err, CodeOf(err), errors.Unwrap(err), code)
+	}
+	after, afterErr := c.Cached()
+	if beforeErr == nil && (afterErr != nil || len(after.Offers) != len(before.Offers)) {
+		t.Fatalf("a failed refresh changed what was known: %v", afterErr)
+	}
+	var e *Error
+	errors.As(err, &e)
+	return e
 }
 
 func TestPublishRefreshFetch(t *testing.T) {
