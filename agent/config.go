@@ -57,8 +57,8 @@ type RepositoryConfig struct {
 	URL        string // https://… or file:///…, http:// on loopback only; "" = none, releases come as files
 	Root       string // the first root of trust, root.json
 	CheckEvery time.Duration
-	Proxy      string // URL of a proxy, "none", or "" = what the environment says
-	CAFile     string // PEM; trusted for the server in place of the system's roots; "" = the system's
+	Proxy      string // URL of a proxy; "" = none
+	CAFile     string // PEM; trusted for the server besides the system's roots; "" = those only
 	ClientCert string // PEM with certificate and key that the daemon shows the server; "" = none
 	Products   []Glob // releases of other products are out of scope
 	Images     []Glob // images of other names are out of scope
@@ -299,11 +299,11 @@ func (c *Config) checkRepository(d *document) error {
 	if u.Scheme == "file" {
 		return d.unused(network, "has no use with a file:/// repository")
 	}
-	if r.Proxy != "" && r.Proxy != "none" {
+	if r.Proxy != "" {
 		p, err := url.Parse(r.Proxy)
 		// The value may hold a password: it is not repeated.
 		if err != nil || p.Hostname() == "" || p.Scheme != "http" && p.Scheme != "https" && p.Scheme != "socks5" {
-			return d.show(0, 0, `[repository] proxy: must be "none" or a URL such as http://proxy.example.com:8080`)
+			return d.show(0, 0, `[repository] proxy: must be a URL such as http://proxy.example.com:8080`)
 		}
 	}
 	return nil

@@ -3,6 +3,7 @@ package probe
 import (
 	"context"
 	"os"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -32,4 +33,13 @@ func uname() name {
 		release: unix.ByteSliceToString(u.Release[:]),
 		machine: unix.ByteSliceToString(u.Machine[:]),
 	}
+}
+
+// BootID names this boot of the system (random(4)); "" where it cannot be read.
+func BootID() string {
+	text, err := system.read("proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(text)
 }

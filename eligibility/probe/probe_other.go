@@ -28,3 +28,6 @@ func DeviceID() (string, error) {
 }
 
 const unsupported = "this build of hotpatchd reads no facts on " + runtime.GOOS
+
+// BootID names this boot of the system; "" where it cannot be told.
+func BootID() string { return "" }

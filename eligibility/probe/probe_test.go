@@ -131,6 +131,9 @@ func TestThisDevice(t *testing.T) {
 	if f[eligibility.OS].Value != "Linux" || f[eligibility.Arch].Value != runtime.GOARCH || !f[eligibility.Version].Known {
 		t.Errorf("%+v", f)
 	}
+	if id := BootID(); len(id) != 36 || id != BootID() {
+		t.Errorf("boot id %q", id)
+	}
 	if id, err := DeviceID(); err == nil && len(id) != 64 {
 		t.Errorf("device id %q", id)
 	}

@@ -1,0 +1,227 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/user"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"time"
+
+	"hotpatchd/agent"
+	"hotpatchd/agent/repository"
+	"hotpatchd/eligibility/probe"
+	"hotpatchd/patcher/target"
+)
+
+// probeWait bounds the backend's answer on what the system lets it do.
+const probeWait = 10 * time.Second
+
+// finding is one line of check-config.
+type finding struct {
+	word string // ok, note or wrong
+	what string
+	text string
+}
+
+func checkConfigCommand(c *command, args []string, out, errOut io.Writer) int {
+	f := c.flags(errOut)
+	path := f.String("config", agent.DefaultConfigPath(), "")
+	if code, done := c.parse(f, args); done {
+		return code
+	}
+	cfg, err := agent.LoadConfig(*path)
+	if err != nil {
+		fmt.Fprintf(out, "WRONG   %v\n", err)
+		return exitFailed
+	}
+	findings := check(cfg)
+	wrong := 0
+	for _, f := range findings {
+		if f.word == "wrong" {
+			wrong++
+		}
+	}
+	code := exitFailed
+	switch wrong {
+	case 0:
+		code = exitDone
+		fmt.Fprintf(out, "WELL    %s can be used.\n\n", cfg.File)
+	case 1:
+		fmt.Fprintf(out, "WRONG   1 thing that %s names must be mended.\n\n", cfg.File)
+	default:
+		fmt.Fprintf(out, "WRONG   %d things that %s names must be mended.\n\n", wrong, cfg.File)
+	}
+	for _, f := range findings {
+		fmt.Fprintf(out, "%-6s  %-11s %s\n", f.word, f.what, strings.ReplaceAll(f.text, "\n", "\n                    "))
+	}
+	return code
+}
+
+// checker collects what is found.
+type checker struct{ found []finding }
+
+func (c *checker) ok(what, format string, args ...any)    { c.add("ok", what, format, args...) }
+func (c *checker) note(what, format string, args ...any)  { c.add("note", what, format, args...) }
+func (c *checker) wrong(what, format string, args ...any) { c.add("wrong", what, format, args...) }
+
+func (c *checker) add(word, what, format string, args ...any) {
+	c.found = append(c.found, finding{word, what, fmt.Sprintf(format, args...)})
+}
+
+// check looks at everything the configuration names. It leaves nothing behind
+// and asks no network.
+func check(cfg *agent.Config) []finding {
+	c := &checker{}
+	c.owned("config", cfg.File)
+	c.policy(cfg)
+	c.repository(cfg)
+	c.state(cfg.StateDir)
+	c.control(cfg)
+	c.backend(cfg)
+	return c.found
+}
+
+// owned notes that whoever may write to this file commands the daemon.
+func (c *checker) owned(what, path string) {
+	info, err := os.Stat(path)
+	switch {
+	case err != nil:
+		c.wrong(what, "%v", err)
+	case runtime.GOOS != "windows" && info.Mode().Perm()&0o022 != 0:
+		c.wrong(what, "%s may be written by others than its owner (mode %v): they would command the daemon; chmod go-w", path, info.Mode().Perm())
+	default:
+		c.ok(what, "%s", path)
+	}
+}
+
+func (c *checker) policy(cfg *agent.Config) {
+	p, err := agent.LoadPolicy(cfg.Policy.File)
+	switch {
+	case err != nil:
+		c.wrong("policy", "%v", err)
+	case p.Absent:
+		c.note("policy", "there is no %s: the device is not enrolled", cfg.Policy.File)
+	default:
+		c.owned("policy", cfg.Policy.File)
+	}
+}
+
+func (c *checker) repository(cfg *agent.Config) {
+	r := cfg.Repository
+	root, err := os.ReadFile(r.Root)
+	switch {
+	case errors.Is(err, fs.ErrNotExist) && r.URL == "":
+		c.note("repository", "none; and no %s, so that no release can be verified at all", r.Root)
+		return
+	case err != nil:
+		c.wrong("repository", "cannot read the root of trust: %v", err)
+		return
+	}
+	// The client itself judges root of trust, addresses and certificates.
+	cache, err := os.MkdirTemp("", "hotpatchd-check-*")
+	if err != nil {
+		c.wrong("repository", "cannot check the root of trust: %v", err)
+		return
+	}
+	defer os.RemoveAll(cache)
+	address := r.URL
+	if address == "" {
+		address = "file:///"
+	}
+	_, err = repository.New(repository.Config{
+		URL: address, Dir: filepath.Join(cache, "cache"), InitialRoot: root, Proxy: r.Proxy, CAFile: r.CAFile, ClientCert: r.ClientCert,
+	})
+	switch {
+	case err != nil:
+		c.wrong("repository", "%v", err)
+	case r.URL == "":
+		c.note("repository", "none: releases come as files, verified to %s", r.Root)
+	default:
+		c.ok("repository", "%s, verified to %s", r.URL, r.Root)
+	}
+}
+
+// state proves that the state folder can be written, or could be made.
+func (c *checker) state(dir string) {
+	missing := ""
+	for {
+		info, err := os.Stat(dir)
+		if err == nil && !info.IsDir() {
+			c.wrong("state", "%s is not a folder", dir)
+			return
+		}
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, fs.ErrNotExist) || filepath.Dir(dir) == dir {
+			c.wrong("state", "%v", err)
+			return
+		}
+		if missing == "" {
+			missing = dir
+		}
+		dir = filepath.Dir(dir)
+	}
+	f, err := os.CreateTemp(dir, ".hotpatchd-check-*")
+	if err != nil {
+		c.wrong("state", "cannot write to %s: %v", dir, err)
+		return
+	}
+	f.Close()
+	os.Remove(f.Name())
+	if missing != "" {
+		c.ok("state", "%s does not exist yet, and can be made", missing)
+		return
+	}
+	c.ok("state", "%s can be written", dir)
+}
+
+func (c *checker) control(cfg *agent.Config) {
+	group := cfg.Control.Group
+	if group == "" {
+		c.ok("control", "%s; root only may change things", cfg.Control.Socket)
+		return
+	}
+	if _, err := user.LookupGroup(group); err != nil {
+		c.note("control", "%s; there is no group %s, so that root only may change things", cfg.Control.Socket, group)
+		return
+	}
+	c.ok("control", "%s; root and group %s may change things", cfg.Control.Socket, group)
+}
+
+func (c *checker) backend(cfg *agent.Config) {
+	if file := cfg.Eligibility.Facts; file != "" {
+		if _, err := probe.Simulated(file); err != nil {
+			c.wrong("facts", "%v", err)
+		} else {
+			c.ok("facts", "%s", file)
+		}
+	}
+	backend, err := openBackend(cfg)
+	if err != nil {
+		c.wrong("backend", "%v", err)
+		return
+	}
+	if closer, ok := backend.(io.Closer); ok {
+		defer closer.Close()
+	}
+	prober, ok := backend.(target.Prober)
+	if !ok {
+		c.ok("backend", "%s", backend.Name())
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), probeWait)
+	defer cancel()
+	sentence, err := prober.Probe(ctx)
+	if err != nil {
+		c.wrong("backend", "%s: %v", backend.Name(), err)
+		return
+	}
+	c.ok("backend", "%s: %s", backend.Name(), sentence)
+}
