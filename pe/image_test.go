@@ -229,8 +229,20 @@ func TestReaderErrors(t *testing.T) {
 	}
 }
 
-// everything calls all readers of an image and gives the first error.
+// everything calls all readers of an image, and Place, and gives the first error.
 func everything(im *Image) error {
+	first := readers(im)
+	p, err := im.Place(0x7fff0000)
+	if p != nil && first == nil {
+		first = p.Put64(uint32(len(p.Bytes)-8), 1)
+	}
+	if first == nil {
+		first = err
+	}
+	return first
+}
+
+func readers(im *Image) error {
 	var first error
 	note := func(err error) {
 		if first == nil {
@@ -269,10 +281,5 @@ func everything(im *Image) error {
 	note(err)
 	_, err = im.Identity()
 	note(err)
-	p, err := im.Place(0x7fff0000)
-	note(err)
-	if p != nil {
-		note(p.Put64(uint32(len(p.Bytes)-8), 1))
-	}
 	return first
 }
