@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"time"
 
 	"hotpatchd/patcher/target"
 )
@@ -144,9 +143,7 @@ func (x *Patcher) attempt(ctx context.Context, p target.Process, c change, rec *
 		if err != nil {
 			return err
 		}
-		fctx, cancel := context.WithTimeout(ctx, freezeDeadline)
-		pause, err := swap(fctx, p, c, regions)
-		cancel()
+		pause, err := swap(ctx, p, c, regions)
 		rec.Attempts++
 		if err == nil {
 			rec.Pause = pause
@@ -164,10 +161,6 @@ func (x *Patcher) attempt(ctx context.Context, p target.Process, c change, rec *
 		wait = min(2*wait, longestWait)
 	}
 }
-
-// freezeDeadline bounds a freeze whatever the number of threads; backends keep
-// to target.FreezeLimit within it.
-const freezeDeadline = 5 * time.Second
 
 // asBusy gives a backend's ErrBusy the shape callers expect.
 func asBusy(err error) error {

@@ -61,7 +61,7 @@ func swap(ctx context.Context, p target.Process, c change, regions []target.Regi
 	if err := touch(p, c.writes); err != nil { // page faults belong before the freeze
 		return 0, err
 	}
-	f, err := p.Freeze(ctx)
+	f, err := freeze(ctx, p)
 	if err != nil {
 		return 0, err
 	}
@@ -69,7 +69,7 @@ func swap(ctx context.Context, p target.Process, c change, regions []target.Regi
 	err = swapFrozen(p, f, c, regions)
 	thawErr := thaw(f)
 	pause = time.Since(began)
-	if m, ok := f.(target.Pauser); ok {
+	if m, ok := f.Frozen.(target.Pauser); ok {
 		pause = m.Pause()
 	}
 	if err == nil {
@@ -78,8 +78,41 @@ func swap(ctx context.Context, p target.Process, c change, regions []target.Regi
 	return pause, err
 }
 
+// freezeDeadline bounds a freeze whatever the number of threads; backends keep
+// to target.FreezeLimit within it.
+const freezeDeadline = 5 * time.Second
+
+// freeze bounds the stopping alone. Once all threads stand, neither a deadline
+// nor a caller who goes away may let them run between two writes: what follows
+// is bounded by itself.
+func freeze(ctx context.Context, p target.Process) (held, error) {
+	fctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	timer := time.AfterFunc(freezeDeadline, cancel)
+	stop := context.AfterFunc(ctx, cancel)
+	f, err := p.Freeze(fctx)
+	timer.Stop()
+	stop()
+	if err != nil {
+		cancel()
+		return held{}, err
+	}
+	return held{Frozen: f, cancel: cancel}, nil
+}
+
+// held ends the freeze's context with the freeze.
+type held struct {
+	target.Frozen
+	cancel context.CancelFunc
+}
+
+func (h held) Thaw() error {
+	err := h.Frozen.Thaw()
+	h.cancel()
+	return err
+}
+
 // thaw insists: a thread held by us must never stay so.
-func thaw(f target.Frozen) (err error) {
+func thaw(f held) (err error) {
 	for range 3 {
 		if err = f.Thaw(); err == nil {
 			return nil
@@ -88,14 +121,14 @@ func thaw(f target.Frozen) (err error) {
 	return err
 }
 
-func swapFrozen(p target.Process, f target.Frozen, c change, regions []target.Region) error {
+func swapFrozen(p target.Process, f held, c change, regions []target.Region) error {
 	if err := sameModule(p, c.rec); err != nil {
 		return err
 	}
 	if err := standsAt(p, c.writes); err != nil {
 		return err
 	}
-	if err := checkThreads(p, f, c, regions); err != nil {
+	if err := checkThreads(p, f.Frozen, c, regions); err != nil {
 		return err
 	}
 	for i, w := range c.writes {
