@@ -310,7 +310,6 @@ func (t *transport) connectError(ctx context.Context, name string, err error) *E
 		unknownCA x509.UnknownAuthorityError
 		invalid   x509.CertificateInvalidError
 		wrongHost x509.HostnameError
-		alert     tls.AlertError
 		record    tls.RecordHeaderError
 		op        *net.OpError
 	)
@@ -328,7 +327,8 @@ func (t *transport) connectError(ctx context.Context, name string, err error) *E
 		return fail(CodeTLS, err, "the server's certificate ended %s; this clock says %s", day(invalid.Cert.NotAfter), day(t.now())).hint(hintStays)
 	case errors.As(err, &wrongHost):
 		return fail(CodeTLS, err, "the server's certificate is not for %s", host)
-	case errors.As(err, &invalid), errors.As(err, &alert), errors.As(err, &record):
+	case errors.As(err, &invalid), errors.As(err, &record), errors.Is(err, http.ErrSchemeMismatch),
+		errors.As(err, &op) && op.Op == "remote error": // how crypto/tls reports an alert of the other side
 		return fail(CodeTLS, err, "no secure connection to %s", host).hint("[repository] ca_file, client_cert")
 	case errors.As(err, &op) && op.Op == "proxyconnect":
 		return fail(CodeUnreachable, err, "cannot reach proxy %s", t.proxy).hint("[repository] proxy")
