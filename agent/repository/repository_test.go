@@ -3,7 +3,9 @@ package repository
 import (
 	"context"
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/hex"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -251,5 +253,19 @@ func TestPublishRefreshFetch(t *testing.T) {
 	report, err := Verify(f.dir, f.now)
 	if err != nil || report.Problems() != 0 {
 		t.Errorf("%+v %v", report, err)
+	}
+}
+
+// writeKeys puts keys where LoadKeys finds them.
+func writeKeys(t testing.TB, dir string, keys Keys) {
+	t.Helper()
+	for role, list := range keys {
+		der, err := x509.MarshalPKCS8PrivateKey(list[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := writeNew(keyFile(dir, role), pem.EncodeToMemory(&pem.Block{Type: pemType, Bytes: der})); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
