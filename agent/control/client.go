@@ -211,7 +211,10 @@ func (c *Client) Events(ctx context.Context, ready func(), fn func(Event) error)
 	if ready != nil {
 		ready()
 	}
-	return ended(ctx, eachLine(res.Body, fn))
+	if err = eachLine(res.Body, fn); err == nil {
+		err = &unreachable{c.socket, errors.New("it has ended the stream")}
+	}
+	return ended(ctx, err)
 }
 
 func ended(ctx context.Context, err error) error {
@@ -308,7 +311,10 @@ func ask[T any](ctx context.Context, c *Client, path string, q url.Values, wait 
 		return nil, err
 	}
 	doc := new(T)
-	return doc, decodeDoc(b, doc)
+	if err := decodeDoc(b, doc); err != nil {
+		return nil, fmt.Errorf("cannot read the answer of the daemon at %s: %w", c.socket, err)
+	}
+	return doc, nil
 }
 
 func order[T any](ctx context.Context, c *Client, path string, body any) (*T, error) {
@@ -326,7 +332,10 @@ func order[T any](ctx context.Context, c *Client, path string, body any) (*T, er
 		return nil, err
 	}
 	doc := new(T)
-	return doc, decodeDoc(b, doc)
+	if err := decodeDoc(b, doc); err != nil {
+		return nil, fmt.Errorf("cannot read the answer of the daemon at %s: %w", c.socket, err)
+	}
+	return doc, nil
 }
 
 // change sends a request whose answer is a stream that ends with the outcome.

@@ -36,6 +36,7 @@ type call struct {
 	w      http.ResponseWriter
 	r      *http.Request
 	query  map[string]string
+	wrote  bool // something went out already
 }
 
 // routes is the one table of what the daemon can be asked.

@@ -57,6 +57,8 @@ type Server struct {
 	once   sync.Once
 	upload chan struct{} // holds one token: one release in memory at a time
 
+	bodyWait, writeWait time.Duration // shorter in tests
+
 	peer     func(net.Conn) (Caller, error)  // as the kernel reports it; replaced in tests
 	identify func(c Caller, g string) Caller // as the user database says; replaced in tests
 }
@@ -65,13 +67,15 @@ type callerKey struct{}
 
 // NewServer makes a server; it serves nothing until Serve.
 func NewServer(cfg Config) *Server {
-	s := &Server{cfg: cfg, quit: make(chan struct{}), upload: make(chan struct{}, 1), peer: peer, identify: identify}
+	s := &Server{cfg: cfg, quit: make(chan struct{}), upload: make(chan struct{}, 1),
+		bodyWait: bodyWait, writeWait: writeWait, peer: peer, identify: identify}
 	s.http = &http.Server{
-		Handler:           http.HandlerFunc(s.handle),
-		ReadHeaderTimeout: headerWait,
-		IdleTimeout:       idleWait,
-		MaxHeaderBytes:    maxHeader,
-		ErrorLog:          log.New(io.Discard, "", 0), // it only tells of peers that misbehave
+		Handler:                      http.HandlerFunc(s.handle),
+		ReadHeaderTimeout:            headerWait,
+		IdleTimeout:                  idleWait,
+		MaxHeaderBytes:               maxHeader,
+		DisableGeneralOptionsHandler: true,                       // the table of routes is all there is
+		ErrorLog:                     log.New(io.Discard, "", 0), // it only tells of peers that misbehave
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			if g, ok := c.(*guarded); ok {
 				ctx = context.WithValue(ctx, callerKey{}, g.caller)
@@ -162,8 +166,8 @@ func (g *guarded) CloseWrite() error {
 // handle is the one way in: host, path, method, caller, access, query; then the route.
 func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
 	rc := http.NewResponseController(w)
-	rc.SetReadDeadline(time.Now().Add(bodyWait))
-	rc.SetWriteDeadline(time.Now().Add(writeWait))
+	rc.SetReadDeadline(time.Now().Add(s.bodyWait))
+	rc.SetWriteDeadline(time.Now().Add(s.writeWait))
 	c := &call{Server: s, ctx: r.Context(), w: w, r: r}
 	known, ok := r.Context().Value(callerKey{}).(Caller)
 	if !ok {
@@ -178,8 +182,10 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
 			}
 			stack := debug.Stack()
 			s.report(c.caller, fmt.Errorf("panic in %s %s: %v\n%s", r.Method, clip(r.URL.Path), p, stack[:min(len(stack), maxRecovery)]))
-			c.fail(Errorf(CodeInternal, "the daemon failed at this call; its log says how"))
-			panic(http.ErrAbortHandler) // whatever was written is not whole
+			if c.wrote { // and what was written is not whole
+				panic(http.ErrAbortHandler)
+			}
+			c.reply(500, &errorDoc{Error: Errorf(CodeInternal, "the daemon failed at this call; its log says how")})
 		}
 	}()
 	if r.Host != hostName {
@@ -289,7 +295,8 @@ func (c *call) reply(status int, doc any) {
 }
 
 func (c *call) write(status int, contentType string, b []byte) {
-	http.NewResponseController(c.w).SetWriteDeadline(time.Now().Add(writeWait))
+	http.NewResponseController(c.w).SetWriteDeadline(time.Now().Add(c.writeWait))
+	c.wrote = true
 	h := c.w.Header()
 	h.Set("Content-Type", contentType)
 	h.Set("Content-Length", strconv.Itoa(len(b)))

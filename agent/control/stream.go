@@ -53,7 +53,7 @@ func (l *lines) send(e Event) {
 	}
 	l.begin()
 	rc := http.NewResponseController(l.c.w)
-	rc.SetWriteDeadline(time.Now().Add(writeWait))
+	rc.SetWriteDeadline(time.Now().Add(l.c.writeWait))
 	if _, err := l.c.w.Write(b); err != nil {
 		l.broken = true
 	} else if err := rc.Flush(); err != nil {
@@ -63,7 +63,7 @@ func (l *lines) send(e Event) {
 
 func (l *lines) begin() {
 	if !l.started {
-		l.started = true
+		l.started, l.c.wrote = true, true
 		h := l.c.w.Header()
 		h.Set("Content-Type", "application/x-ndjson")
 		h.Set("Cache-Control", "no-store")
