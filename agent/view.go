@@ -92,7 +92,7 @@ func (a *Agent) scan(ctx context.Context) bool {
 func (a *Agent) look(ctx context.Context, info target.Info) error {
 	p := &procState{info: info}
 	old := a.procs[info.ID]
-	images, claims, err := a.imagesOf(ctx, info.ID)
+	images, err := a.imagesOf(ctx, info.ID)
 	if errors.Is(err, target.ErrGone) {
 		delete(a.procs, info.ID)
 		return err
@@ -103,14 +103,8 @@ func (a *Agent) look(ctx context.Context, info target.Info) error {
 			p.images = old.images // what was known stays known
 		}
 	}
-	for _, l := range images {
-		im := &imageState{ImageView: ImageView{Name: l.Name, Path: l.Path, Base: l.Base, Identity: headers(l.Image), Tried: map[string]Try{}}}
-		for _, c := range claims {
-			if c.Base == l.Base {
-				im.Claims = append(im.Claims, c)
-			}
-		}
-		im.key = rowKey{info.ID, l.Base}
+	for i := range images {
+		im := &imageState{ImageView: images[i], key: rowKey{info.ID, images[i].Base}}
 		if old != nil {
 			for _, o := range old.images {
 				if o.Base == im.Base && sameHeaders(o.Identity, im.Identity) {
@@ -124,20 +118,33 @@ func (a *Agent) look(ctx context.Context, info target.Info) error {
 	return nil
 }
 
-func (a *Agent) imagesOf(ctx context.Context, id target.ID) ([]patcher.Loaded, []patcher.Claim, error) {
+// imagesOf reads all that is to be known of a process's images while it is open.
+func (a *Agent) imagesOf(ctx context.Context, id target.ID) ([]ImageView, error) {
 	ctx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
 	p, err := a.o.Backend.Open(ctx, id)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	defer p.Close()
 	images, err := patcher.Images(p)
 	if err != nil || len(images) == 0 {
-		return nil, nil, err
+		return nil, err
 	}
 	claims, err := patcher.Claims(p)
-	return images, claims, err
+	if err != nil {
+		return nil, err
+	}
+	out := make([]ImageView, len(images))
+	for i, l := range images {
+		out[i] = ImageView{Name: l.Name, Path: l.Path, Base: l.Base, Identity: headers(l.Image), Tried: map[string]Try{}}
+		for _, c := range claims {
+			if c.Base == l.Base {
+				out[i].Claims = append(out[i].Claims, c)
+			}
+		}
+	}
+	return out, nil
 }
 
 // headers is the identity that headers tell.
