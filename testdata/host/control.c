@@ -59,11 +59,16 @@ static void c_fork(char *arg)
 	}
 	pid_t pid = fork();
 	if (pid == 0) {
-		prctl(PR_SET_PDEATHSIG, SIGKILL);
 		for (int i = 0; i < child_count; i++)
 			close(children[i].fd);
 		child_count = 0;
 		close(s[0]);
+		if (in != 0)
+			close(in);
+		/* Our parent's output ends with our parent. */
+		int null = open("/dev/null", O_WRONLY | O_CLOEXEC);
+		dup2(null, 1);
+		close(null);
 		in = out = s[1];
 		uint64_t base = shared->base, entry = shared->entry;
 		take_block();
@@ -346,6 +351,10 @@ void *control(void *unused)
 		else
 			say("error unknown command %.100s", line);
 	}
+	/* A child outlives its parent, but not the test, which holds the other end of our input. */
+	struct pollfd p = {0, 0, 0};
+	while (in != 0 && poll(&p, 1, -1) < 1)
+		;
 	_exit(0);
 }
 

@@ -194,7 +194,11 @@ func (p *process) whyNot(op string, tid int, e unix.Errno) error {
 		return nil
 	}
 	if status, err := p.dir.read(p.life.sub+"status", nil, statusLimit); err == nil {
-		if pid := firstNumber(statusField(status, "TracerPid")); pid > 0 {
+		switch pid := firstNumber(statusField(status, "TracerPid")); {
+		case pid <= 0:
+		case ours(pid):
+			return p.refuse(op, 0, target.ErrBusy, "it is held by another handle of ours")
+		default:
 			return p.refuse(op, 0, target.ErrDenied, "traced by %s", processName(pid))
 		}
 	}
@@ -234,36 +238,18 @@ func (z *frozen) await(ctx context.Context, deadline time.Time) error {
 
 // look asks once whether a thread has stopped or ended.
 func (z *frozen) look(t *held, round int) {
-	var info childInfo
-	none, e := wait(t.tid, unix.WSTOPPED, &info)
+	status, change := z.p.changeOf(t)
 	switch {
-	case e == unix.ECHILD:
-		t.state, t.attached = gone, false
-	case e == 0 && !none && info.code == cldTrapped:
-		t.state = stopped
-		if info.status>>8 == 0 {
-			t.signal = int(info.status & 0x7f)
+	case change == stops:
+		if status>>8 == 0 {
+			t.signal = int(status & 0x7f)
 		}
-	case none && round&7 == 3:
-		z.ended(t)
-	}
-}
-
-// ended finds threads that ended while they were asked to stop. One that is
-// not the main thread is reaped by its tracer; the exit status of the process
-// belongs to its parent and stays, let go of by the end of the tracing thread.
-func (z *frozen) ended(t *held) {
-	var info childInfo
-	if t.tid == z.p.life.id.PID {
+	case change == nothing && t.tid == z.p.life.id.PID && round&7 == 3:
 		// Until the last thread ends the kernel does not report a dead main thread.
 		var s stat
 		if err := z.p.dir.stat(taskPath(t.tid), &s); err != nil || s.dead() {
 			t.state = gone
 		}
-		return
-	}
-	if none, e := wait(t.tid, unix.WEXITED, &info); e != 0 || !none {
-		t.state, t.attached = gone, false
 	}
 }
 
@@ -429,8 +415,7 @@ func (z *frozen) do(f func()) bool {
 	}
 }
 
-// Thaw returns an error if the freeze had run out before, with the context's
-// end: the threads run, but what was done meanwhile may have met them running.
+// Thaw is quiet about a freeze that had run out: writes made after that failed.
 func (z *frozen) Thaw() error {
 	z.once.Do(func() { close(z.release) })
 	<-z.done
@@ -439,9 +424,6 @@ func (z *frozen) Thaw() error {
 	}
 	if !z.clean && !awaitEnd(z.tracer) {
 		return z.p.refuse("thaw", 0, target.ErrBusy, "the tracing thread %d does not end", z.tracer)
-	}
-	if z.lapsed.Load() {
-		return z.p.refuse("thaw", 0, target.ErrBusy, "the freeze had run out before, all threads run")
 	}
 	return nil
 }

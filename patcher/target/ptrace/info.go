@@ -86,7 +86,7 @@ func (d *describer) describe(dir procDir, l *life) target.Info {
 // statusGuards are those that /proc/PID/status shows.
 func (d *describer) statusGuards(status []byte) []target.Guard {
 	var g []target.Guard
-	if pid := firstNumber(statusField(status, "TracerPid")); pid > 0 && pid != d.self {
+	if pid := firstNumber(statusField(status, "TracerPid")); pid > 0 && !ours(pid) {
 		g = append(g, target.Guard{Code: target.GuardTracer, Text: "traced by " + processName(pid)})
 	}
 	if mode := firstNumber(statusField(status, "Seccomp")); mode > 0 {
@@ -98,6 +98,9 @@ func (d *describer) statusGuards(status []byte) []target.Guard {
 	}
 	return g
 }
+
+// ours tells whether a thread is one of our own: a tracer is named by its thread.
+func ours(tid int) bool { return unix.Tgkill(unix.Getpid(), tid, 0) == nil }
 
 // processName is "strace, pid 31211", or the pid alone.
 func processName(pid int) string {

@@ -212,15 +212,11 @@ func (p *process) awaitStop(t *held, limit time.Duration) (status int32, err err
 	t.state = seized
 	deadline := time.Now().Add(limit)
 	for round := 0; ; round++ {
-		var info childInfo
-		none, e := wait(t.tid, unix.WSTOPPED, &info)
-		if e == unix.ECHILD {
-			t.state, t.attached = gone, false
+		switch status, change := p.changeOf(t); change {
+		case stops:
+			return status, nil
+		case ends:
 			return 0, unfit("it ended")
-		}
-		if e == 0 && !none && info.code == cldTrapped {
-			t.state = stopped
-			return info.status, nil
 		}
 		if round&7 == 7 {
 			var s stat

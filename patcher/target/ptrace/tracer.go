@@ -13,6 +13,41 @@ import (
 // be scheduled once.
 const endLimit = 5 * time.Second
 
+// change is what happened to a thread since it was last asked about.
+type change uint8
+
+const (
+	nothing change = iota
+	stops
+	ends
+)
+
+// changeOf asks once, without waiting, whether a thread has stopped or ended,
+// and notes it. The kernel reports stops of a traced thread whatever was asked
+// for, so both are asked for: but not of the main thread, whose exit status
+// belongs to the parent of the process. If that ends, the tracing thread's end
+// lets go of it.
+func (p *process) changeOf(t *held) (status int32, c change) {
+	var info childInfo
+	options := unix.WSTOPPED | unix.WEXITED
+	if t.tid == p.life.id.PID {
+		options = unix.WSTOPPED
+	}
+	switch none, e := wait(t.tid, options, &info); {
+	case e == unix.ECHILD:
+		t.state, t.attached = gone, t.tid == p.life.id.PID
+		return 0, ends
+	case e != 0 || none:
+		return 0, nothing
+	case info.code == cldTrapped:
+		t.state = stopped
+		return info.status, stops
+	default:
+		t.state, t.attached = gone, false
+		return 0, ends
+	}
+}
+
 // onThread runs f on an operating system thread of its own and returns at once.
 // The kernel accepts ptrace requests only from the thread that attached, and
 // lets go of everything a thread traces when that thread ends. So when f

@@ -64,7 +64,7 @@ type Host struct {
 	shared []byte
 	block  int
 
-	complaint strings.Builder // what it wrote to standard error
+	stderr *os.File
 }
 
 // blockSize and the word numbers are those of struct block in host.h.
@@ -170,19 +170,31 @@ func Tracer(t testing.TB, pid int) (release func(), err error) {
 }
 
 func (h *Host) start() error {
-	stdin, err := h.cmd.StdinPipe()
+	// Open until the end of the test: a forked child that outlives its parent
+	// ends when nobody holds the other end of its input.
+	r, w, err := os.Pipe()
 	if err != nil {
 		return err
 	}
+	defer r.Close()
+	h.t.Cleanup(func() { w.Close() })
+	h.cmd.Stdin = r
 	stdout, err := h.cmd.StdoutPipe()
 	if err != nil {
 		return err
 	}
-	h.cmd.Stderr = &h.complaint
+	// A file, since Wait would wait for the children to close a pipe.
+	stderr, err := os.CreateTemp("", "hotpatchd-host-stderr-")
+	if err != nil {
+		return err
+	}
+	os.Remove(stderr.Name())
+	h.t.Cleanup(func() { stderr.Close() })
+	h.cmd.Stderr, h.stderr = stderr, stderr
 	if err := h.cmd.Start(); err != nil {
 		return err
 	}
-	h.stdin, h.PID = stdin, h.cmd.Process.Pid
+	h.stdin, h.PID = w, h.cmd.Process.Pid
 	h.lines, h.over = make(chan string, 16), make(chan struct{})
 	go func() {
 		defer close(h.over)
@@ -215,7 +227,9 @@ func (h *Host) line() (string, error) {
 	case line, ok := <-h.lines:
 		if !ok {
 			<-h.over
-			return "", fmt.Errorf("the host has ended (%v) %s", h.cmd.ProcessState, strings.TrimSpace(h.complaint.String()))
+			complaint := make([]byte, 4096)
+			n, _ := h.stderr.ReadAt(complaint, 0)
+			return "", fmt.Errorf("the host has ended (%v) %s", h.cmd.ProcessState, strings.TrimSpace(string(complaint[:n])))
 		}
 		return line, nil
 	case <-time.After(Patience):
@@ -314,6 +328,7 @@ func (h *Host) Fork() *Host {
 	if err != nil {
 		h.t.Fatal(err)
 	}
+	h.t.Cleanup(c.Exit)
 	return c
 }
 
@@ -365,6 +380,10 @@ func (h *Host) Exit() {
 		}
 	})
 	if h.parent != nil {
+		// Without its parent, whoever inherited it reaps it; that may be us.
+		for end := time.Now().Add(Patience); h.Alive() && time.Now().Before(end); time.Sleep(time.Millisecond) {
+			unix.Wait4(h.PID, nil, unix.WNOHANG, nil)
+		}
 		return
 	}
 	select {
