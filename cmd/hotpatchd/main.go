@@ -38,9 +38,10 @@ type command struct {
 
 func commands() []command {
 	list := []command{
-		{"run", "run --config FILE [--log json|console]", "work in the foreground; also what the service runs", runCommand},
+		{"run", "run --config FILE [--log json|console] [--log-file FILE]", "work in the foreground; also what the service runs", runCommand},
+		{"demo", "demo [--backend sim|ptrace]", "show the whole job on this machine; nothing is installed, nothing left behind", demoCommand},
 		{"check-config", "check-config --config FILE", "say what is wrong with a configuration and what it names", checkConfigCommand},
-		{"service", "service install|uninstall|start|stop|restart [--config FILE] [--print]", "", serviceCommand},
+		{"service", "service install|uninstall|start|stop|restart [--config FILE]", "", serviceCommand},
 		{"version", "version", "print the version", versionCommand},
 		{"pe-host", "", "", func(_ *command, args []string, _, _ io.Writer) int { return pehost.Run(args) }},
 	}
@@ -76,11 +77,11 @@ func usage(w io.Writer) {
 	fmt.Fprintln(w, "usage: hotpatchd COMMAND")
 	for _, c := range commands() {
 		if c.text != "" {
-			fmt.Fprintf(w, "  %-42s %s\n", c.usage, c.text)
+			fmt.Fprintf(w, "  %s\n        %s\n", c.usage, c.text)
 		}
 	}
 	for _, action := range serviceActions {
-		fmt.Fprintf(w, "  %-42s %s\n", "service "+action.name, action.text)
+		fmt.Fprintf(w, "  service %s\n        %s\n", action.name, action.text)
 	}
 	fmt.Fprintln(w, "The operator's command is hotpatch, the author's is hotpatch-build.")
 }

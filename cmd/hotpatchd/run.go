@@ -47,11 +47,21 @@ func runCommand(c *command, args []string, _, errOut io.Writer) int {
 	f := c.flags(errOut)
 	path := f.String("config", agent.DefaultConfigPath(), "")
 	format := f.String("log", "", "")
+	file := f.String("log-file", "", "")
 	managed := f.Bool("service", false, "") // set by the installed service on Windows
 	if code, done := c.parse(f, args); done {
 		return code
 	}
-	log, err := newLogger(*format, errOut)
+	logTo := errOut
+	if *file != "" {
+		l, err := openLog(*file, maxLog)
+		if err != nil {
+			return failed(errOut, err)
+		}
+		defer l.Close()
+		logTo = l
+	}
+	log, err := newLogger(*format, logTo)
 	if err != nil {
 		fmt.Fprintln(errOut, "hotpatchd: "+err.Error())
 		return exitUsage
@@ -63,7 +73,9 @@ func runCommand(c *command, args []string, _, errOut io.Writer) int {
 		err = inForeground(work)
 	}
 	if err != nil {
-		log.Error("stopped", zap.Error(err))
+		if logTo != errOut {
+			log.Error("cannot go on", zap.Error(err))
+		}
 		return failed(errOut, err)
 	}
 	return exitDone
@@ -169,6 +181,10 @@ func openBackend(c *agent.Config) (target.Backend, error) {
 
 // serve runs the loop and the control socket side by side until ctx ends or one of them fails.
 func serve(ctx context.Context, c *agent.Config, h heart, log *zap.Logger, manager notifier, first <-chan struct{}, ready func()) error {
+	// SIGHUP ("systemctl reload") reads the policy anew, and from here on never ends us.
+	hangups := make(chan os.Signal, 1)
+	signal.Notify(hangups, syscall.SIGHUP)
+	defer signal.Stop(hangups)
 	// The socket before the loop: a second daemon must find out before it touches anything.
 	listener, err := control.Listen(c.Control.Socket)
 	if err != nil {
@@ -187,12 +203,13 @@ func serve(ctx context.Context, c *agent.Config, h heart, log *zap.Logger, manag
 		}
 	}()
 	var helpers helpers
-	helpers.start(func() { onHangup(ctx, h.Reload) })
+	helpers.start(func() { forward(ctx, hangups, h.Reload) })
 	helpers.start(func() { keepAlive(ctx, h, manager, log) })
 	helpers.start(func() { exposeMetrics(ctx, c, h, log) })
 	helpers.start(func() {
 		select {
 		case <-first:
+			log.Info("watching")
 			say(log, manager, "READY=1", "STATUS=watching")
 			ready()
 		case <-ctx.Done():
@@ -219,11 +236,8 @@ func serve(ctx context.Context, c *agent.Config, h heart, log *zap.Logger, manag
 	return err
 }
 
-// onHangup reads the policy anew for every SIGHUP ("systemctl reload").
-func onHangup(ctx context.Context, reload func()) {
-	hangups := make(chan os.Signal, 1)
-	signal.Notify(hangups, syscall.SIGHUP)
-	defer signal.Stop(hangups)
+// forward calls reload for every signal that arrives.
+func forward(ctx context.Context, hangups <-chan os.Signal, reload func()) {
 	for {
 		select {
 		case <-ctx.Done():

@@ -58,7 +58,10 @@ func serviceCommand(c *command, args []string, out, errOut io.Writer) int {
 func serviceAlias(c *command, args []string, out, errOut io.Writer) int {
 	f := c.flags(errOut)
 	config := f.String("config", agent.DefaultConfigPath(), "")
-	printOnly := f.Bool("print", false, "") // the unit, for packages; nothing is touched
+	printOnly := false
+	if c.name == "install" {
+		f.BoolVar(&printOnly, "print", false, "") // the unit, for packages; nothing is touched
+	}
 	if code, done := c.parse(f, args); done {
 		return code
 	}
@@ -73,7 +76,7 @@ func serviceAlias(c *command, args []string, out, errOut io.Writer) int {
 	if err != nil {
 		return failed(errOut, fmt.Errorf("cannot tell where this program lies: %w", err))
 	}
-	if *printOnly {
+	if printOnly {
 		text, err := unitText(exe, path)
 		if err != nil {
 			return failed(errOut, err)
