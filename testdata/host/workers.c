@@ -66,6 +66,28 @@ static void *spinner(void *arg)
 	return NULL;
 }
 
+/* What a return from a signal sets besides registers: every worker has a signal
+   stack of its own and a mask, and looks from time to time whether they are still so. */
+static void own_signals(stack_t *s)
+{
+	sigset_t mask;
+	*s = (stack_t){.ss_sp = malloc(64 << 10), .ss_size = 64 << 10};
+	sigemptyset(&mask);
+	sigaddset(&mask, SIGUSR2);
+	if (!s->ss_sp || sigaltstack(s, NULL) || pthread_sigmask(SIG_BLOCK, &mask, NULL))
+		die("signal stack", NULL);
+}
+
+static void check_signals(const stack_t *s)
+{
+	stack_t now;
+	uint64_t mask = 0;
+	if (sigaltstack(NULL, &now) || now.ss_flags || now.ss_sp != s->ss_sp || now.ss_size != s->ss_size)
+		note_fault(FAULT, "signal stack", (long)now.ss_sp, (long)s->ss_sp);
+	if (syscall(SYS_rt_sigprocmask, SIG_BLOCK, NULL, &mask, 8) || mask != 1ull << (SIGUSR2 - 1))
+		note_fault(FAULT, "signal mask", (long)mask, 1l << (SIGUSR2 - 1));
+}
+
 /* fp_round(in, out, rounds): fills vector, x87, integer registers and the red
    zone, counts down, and stores or compares them again. Returns how many
    integer registers and red zone words had changed. */
@@ -107,7 +129,9 @@ static void *fp_worker(void *arg)
 	static const int width[3] = {16, 32, 64};
 	int kind = __builtin_cpu_supports("avx512f") ? 2 : __builtin_cpu_supports("avx") ? 1 : 0;
 	uint8_t in[2048], out[2064];
+	stack_t stack;
 	make_teb();
+	own_signals(&stack);
 	for (unsigned turn = 0;; turn++) {
 		for (size_t i = 0; i < sizeof in; i++)
 			in[i] = (uint8_t)(i * 7 + turn);
@@ -124,6 +148,7 @@ static void *fp_worker(void *arg)
 		for (int n = 0; n < (kind == 2 ? 32 : 16); n++)
 			if (memcmp(in + 64 * n, out + 64 * n, width[kind]))
 				note_fault(FAULT, "vector register", n, -1);
+		check_signals(&stack);
 		__atomic_fetch_add(&shared->fprounds, 1, __ATOMIC_RELAXED);
 	}
 	return NULL;
@@ -140,7 +165,9 @@ static void *sleeper(void *arg)
 {
 	int kind = (int)(long)arg % 4, word = 0;
 	long ns = 20000000;
+	stack_t stack;
 	make_teb();
+	own_signals(&stack);
 	for (;;) {
 		struct timespec t = {0, ns};
 		int64_t from = now();
@@ -160,6 +187,7 @@ static void *sleeper(void *arg)
 			note_fault(FAULT, name[kind], took, ns);
 		if (took > ns + 1000000000)
 			__atomic_fetch_add(&shared->lates, 1, __ATOMIC_RELAXED);
+		check_signals(&stack);
 		__atomic_fetch_add(&shared->sleeps, 1, __ATOMIC_RELAXED);
 		call_once();
 	}
@@ -176,7 +204,9 @@ static void *blocker(void *arg)
 {
 	struct feed *f = arg;
 	uint8_t next = 0, got;
+	stack_t stack;
 	make_teb();
+	own_signals(&stack);
 	for (;; next++) {
 		long r;
 		errno = 0;
@@ -198,6 +228,7 @@ static void *blocker(void *arg)
 			else if (got != next)
 				note_fault(FAULT, "byte read", got, next);
 		}
+		check_signals(&stack);
 		__atomic_fetch_add(&shared->reads, 1, __ATOMIC_RELAXED);
 		call_once();
 	}

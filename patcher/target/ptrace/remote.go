@@ -47,6 +47,9 @@ type candidate struct {
 	rdi, rsi, rsp uint64
 }
 
+// before tells which of two threads is tried first; tests turn it round.
+var before = func(a, b *candidate) bool { return a.rank < b.rank }
+
 // candidates lists threads, those that wait in a plain system call first: they
 // hold no lock of their own program and have nothing in flight.
 func (p *process) candidates() ([]candidate, error) {
@@ -81,7 +84,7 @@ func (p *process) candidates() ([]candidate, error) {
 			break
 		}
 	}
-	sort.SliceStable(list, func(i, j int) bool { return list[i].rank < list[j].rank })
+	sort.SliceStable(list, func(i, j int) bool { return before(&list[i], &list[j]) })
 	return list[:min(len(list), maxCandidates)], nil
 }
 
@@ -305,6 +308,26 @@ func (t *trampolines) pair(p *process) (call, sigreturn uint64, err error) {
 	return call, sigreturn, nil
 }
 
+// moment is a place in a remote call at which our death must be harmless.
+type moment uint8
+
+const (
+	seizedOne moment = iota
+	frameWritten
+	registersSet
+	signalsBlocked
+	resumed
+	atEntry
+	resumedAgain
+	atExit
+	maskRestored
+	registersRestored
+	moments
+)
+
+// passing is told of each moment; tests die there.
+var passing = func(moment) {}
+
 // injection is one system call to be made by a stopped thread.
 type injection struct {
 	p                  *process
@@ -320,6 +343,7 @@ type injection struct {
 // the frame gives back the mask, and the mask is given back before the registers.
 func (m *injection) run(t *held, nr int, args []uint64) (int64, error) {
 	p := m.p
+	passing(seizedOne)
 	var c threadContext
 	if err := m.fit(t, &c); err != nil {
 		return 0, err
@@ -332,6 +356,7 @@ func (m *injection) run(t *held, nr int, args []uint64) (int64, error) {
 	if err := m.write(t, frame, sp); err != nil {
 		return 0, err
 	}
+	passing(frameWritten)
 
 	r := c.regs
 	r.Rip, r.Rsp, r.Rax = m.syscall, sp, uint64(nr)
@@ -347,13 +372,18 @@ func (m *injection) run(t *held, nr int, args []uint64) (int64, error) {
 		return 0, p.fail(m.op, m.at, e)
 	}
 	// From here to the last setRegs the thread stands on the frame.
+	passing(registersSet)
 	setSigmask(t.tid, ^uint64(0))
+	passing(signalsBlocked)
 	result, err := m.step(t)
 	if t.state != stopped {
 		return 0, err // it finishes by itself, or is over
 	}
+	passing(atExit)
 	e1 := setSigmask(t.tid, c.mask)
+	passing(maskRestored)
 	e2 := setRegs(t.tid, &c.regs)
+	passing(registersRestored)
 	if e1 != 0 || e2 != 0 {
 		return 0, p.fail(m.op, m.at, target.ErrGone) // killed: nothing else makes these fail
 	}
@@ -363,10 +393,11 @@ func (m *injection) run(t *held, nr int, args []uint64) (int64, error) {
 // step lets the thread run to the end of the call.
 func (m *injection) step(t *held) (int64, error) {
 	p := m.p
-	for stops := 0; stops < 2; {
+	for stops := 0; stops < 2; { // entry and exit
 		if e := request(unix.PTRACE_SYSCALL, t.tid, 0, 0); e != 0 {
 			return 0, p.fail(m.op, m.at, target.ErrGone)
 		}
+		passing(resumed + 2*moment(stops))
 		status, err := p.awaitStop(t, callLimit)
 		switch {
 		case t.state == gone:
@@ -374,7 +405,9 @@ func (m *injection) step(t *held) (int64, error) {
 		case err != nil:
 			return 0, p.refuse(m.op, m.at, target.ErrBusy, "%v; it may finish the call later", err)
 		case status == int32(unix.SIGTRAP)|0x80:
-			stops++
+			if stops++; stops == 1 {
+				passing(atEntry)
+			}
 		case status>>8 == 0:
 			t.signal = int(status & 0x7f) // only SIGSTOP cannot be blocked; it gets it when we leave
 		}
