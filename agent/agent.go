@@ -57,7 +57,7 @@ type Options struct {
 type Agent struct {
 	o      Options
 	log    *zap.Logger
-	store  *store.Store
+	store  state
 	client *repository.Client // nil: no repository configured, or it cannot work
 	wake   chan struct{}
 	calls  chan func()

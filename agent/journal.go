@@ -32,6 +32,13 @@ type inForce struct {
 	Since    control.Time `json:"since"`
 }
 
+// state is the state file: all of what is kept over a restart.
+type state interface {
+	View(func(*store.Tx) error) error
+	Update(func(*store.Tx) error) error
+	Close() error
+}
+
 // own is the daemon as its own caller.
 var own = control.Caller{UID: os.Getuid(), GID: os.Getgid(), PID: os.Getpid(), User: "hotpatchd", Admin: true}
 
