@@ -16,7 +16,7 @@ const (
 	MaxMetadata     = 8 << 20   // bytes of one metadata file
 	MaxMetadataSum  = 32 << 20  // bytes of all of them
 	MaxMetadataName = 128       // bytes of a file's name
-	maxMetadata     = 128       // files
+	maxMetadata     = 1024      // files: a folder keeps every version of every role
 	maxUpload       = MaxRelease + MaxMetadataSum + 1<<20
 )
 

@@ -1,0 +1,127 @@
+// Command hotpatch is the operator's view of hotpatchd: it asks the daemon
+// over its local socket and shows the answer, as a screen for a person or, with
+// --json, as one document for a program.
+//
+// The first line of every screen is the verdict, the last lines say what to do
+// next. Exit codes are a contract:
+//
+//	0  done, answered, or already so
+//	1  failed
+//	2  usage
+//	3  the device is not eligible
+//	4  something is open
+//	5  the daemon is not reachable
+//	6  not permitted
+package main
+
+import (
+	"context"
+	"errors"
+	"io"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"hotpatchd/agent/control"
+)
+
+func main() { os.Exit(run()) }
+
+func run() int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	return command(ctx, os.Args[1:], os.Stdout, os.Stderr, os.Getenv)
+}
+
+// command runs one command line. It is main without the process around it.
+func command(ctx context.Context, args []string, stdout, stderr io.Writer, getenv func(string) string) int {
+	s := &session{out: stdout, started: false}
+	s.screen = newScreen(terminal(stdout) && getenv("NO_COLOR") == "" && getenv("TERM") != "dumb", time.Local)
+	s.live = terminal(stdout)
+	root := s.root(getenv("HOTPATCH_SOCKET"))
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	err := root.ExecuteContext(ctx)
+	if s.client != nil {
+		s.client.Close()
+	}
+	if err != nil && !s.started { // cobra's own complaints come before any command has started
+		err = usageError{err}
+	}
+	var verdict exit
+	if errors.As(err, &verdict) {
+		return int(verdict)
+	}
+	return complain(stderr, err, s.jsonOut)
+}
+
+// terminal tells whether a person is looking.
+func terminal(w io.Writer) bool {
+	f, ok := w.(*os.File)
+	if !ok {
+		return false
+	}
+	info, err := f.Stat()
+	return err == nil && info.Mode()&os.ModeCharDevice != 0
+}
+
+// session is one run of the command.
+type session struct {
+	out     io.Writer
+	screen  *screen
+	live    bool // a person is looking: rows may be redrawn
+	client  *control.Client
+	socket  string
+	jsonOut bool
+	started bool // a command runs: what fails now is not usage
+}
+
+// root builds the tree of commands.
+func (s *session) root(socket string) *cobra.Command {
+	if socket == "" {
+		socket = control.DefaultSocket
+	}
+	root := &cobra.Command{
+		Use:   "hotpatch",
+		Short: "Security fixes inside running programs: see them, apply them, take them back",
+		Long: `hotpatch asks the daemon hotpatchd on this machine.
+
+Exit codes: 0 done, answered or already so; 1 failed; 2 usage; 3 the device is not eligible;
+4 something is open; 5 the daemon is not reachable; 6 not permitted.`,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Args:          knownCommand,
+		RunE: func(*cobra.Command, []string) error {
+			return usagef("no command is given; hotpatch --help lists them")
+		},
+		PersistentPreRun: func(*cobra.Command, []string) {
+			s.started = true
+			s.client = control.Dial(s.socket)
+		},
+	}
+	root.SuggestionsMinimumDistance = 2
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
+	root.PersistentFlags().StringVar(&s.socket, "socket", socket, "`address` of the daemon's socket; HOTPATCH_SOCKET sets another default")
+	root.PersistentFlags().BoolVar(&s.jsonOut, "json", false, "print one JSON document instead of a screen")
+	root.AddCommand(
+		s.statusCommand(), s.eligibilityCommand(), s.checkCommand(), s.listCommand(), s.planCommand(), s.installCommand(),
+		s.rollbackCommand(), s.holdCommand(), s.releaseHoldCommand(), s.pauseCommand(), s.resumeCommand(), s.processesCommand(),
+		s.verifyCommand(), s.historyCommand(), s.calendarCommand(), s.watchCommand(), s.waitCommand(), s.diagnoseCommand(), s.explainCommand())
+	return root
+}
+
+// knownCommand refuses words that are no command, and says which may be meant.
+func knownCommand(c *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	if near := c.SuggestionsFor(args[0]); len(near) > 0 {
+		return usagef("there is no command %q; is %s meant?", args[0], strings.Join(near, " or "))
+	}
+	return usagef("there is no command %q", args[0])
+}

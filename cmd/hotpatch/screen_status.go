@@ -1,0 +1,412 @@
+package main
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"hotpatchd/agent/control"
+)
+
+// statusColumn is where the text beside the labels of status begins.
+const statusColumn = 13
+
+// maxListed is how many images status lists by name before it counts the rest.
+const maxListed = 10
+
+// status shows the verdict, what is open, and what to do. open may be nil.
+func (s *screen) status(st *control.Status, open *control.Processes) string {
+	p := &page{}
+	rows := exceptions(open)
+	s.torn(p, rows)
+	colour, text := s.sentence(st)
+	p.verdict(s, colour, strings.ToUpper(string(st.State)), text)
+	if st.Paused {
+		p.verdict(s, fair, "PAUSED", "Nothing new is applied until: hotpatch resume. What is applied stays.")
+	}
+	p.blank()
+	s.openRows(p, rows, st)
+	for _, r := range st.Releases {
+		text := releaseName(r.ID, r.Sequence)
+		if r.Severity != "" || r.Title != "" {
+			text += ", " + strings.Trim(r.Severity+": "+r.Title, ": ")
+		}
+		p.field("Release", statusColumn, text)
+		p.field("", statusColumn, s.since(r, st.Generated))
+	}
+	for _, h := range st.Holds {
+		p.field("Held", statusColumn, s.held(h, st.Generated))
+	}
+	if st.Coverage.Images > 0 && st.Coverage.Images != st.Coverage.Patched {
+		p.field("Coverage", statusColumn, fmt.Sprintf("%s in %s: %s", many(st.Coverage.Images, "image"), processes(st.Coverage.Processes), counts(st.Coverage)))
+	}
+	p.field("Device", statusColumn, device(st))
+	if st.Baseline.ID != "" || st.Baseline.Month != "" {
+		current := "current"
+		if !st.Baseline.Current {
+			current = "not current"
+		}
+		p.field("Baseline", statusColumn, strings.TrimPrefix(strings.TrimSuffix(st.Baseline.ID+", "+st.Baseline.Month, ", "), ", ")+", "+current)
+	}
+	s.repository(p, st)
+	if n := s.next(st); n != "" {
+		p.field("Next", statusColumn, n)
+	}
+	s.toDo(p, st, rows)
+	return p.String()
+}
+
+// torn comes before everything else, whatever the state.
+func (s *screen) torn(p *page, rows []exception) {
+	for _, r := range rows {
+		if r.image.State == control.Torn {
+			p.verdict(s, bad, "TORN", fmt.Sprintf("%s in %s %d could not be written back%s. Restart this process now.",
+				r.image.Name, program(r.process.Exe), r.process.PID, at(r.image.Base)))
+		}
+	}
+}
+
+func at(a control.Addr) string {
+	if a == 0 {
+		return ""
+	}
+	return " (image at " + a.String() + ")"
+}
+
+func processes(n int) string {
+	if n == 1 {
+		return "1 process"
+	}
+	return fmt.Sprintf("%d processes", n)
+}
+
+// sentence is the verdict in words.
+func (s *screen) sentence(st *control.Status) (colour, text string) {
+	c := st.Coverage
+	well, open := c.Patched+c.Fixed, c.Open()
+	restart := " No restart needed."
+	if st.RestartRequired {
+		restart = " The device has to be restarted; hotpatchd does not do that by itself."
+	}
+	switch st.State {
+	case control.Unknown:
+		if st.Repository.LastCheck.IsZero() {
+			return bad, "No release information could be verified yet, so nothing is known about this device's fixes."
+		}
+		return fair, "The first scan of this device's processes is under way."
+	case control.Ineligible:
+		why := ""
+		if len(st.Fails) > 0 {
+			why = " (" + strings.Join(st.Fails, ", ") + ")"
+		}
+		stay := ""
+		if c.Patched > 0 {
+			stay = fmt.Sprintf(" %s %s patched.", many(c.Patched, "image"), verb(c.Patched, "stays", "stay"))
+		}
+		return bad, fmt.Sprintf("This device gets no new fixes%s.%s", why, stay)
+	case control.BaselineRequired:
+		return fair, "The releases offered need a newer baseline, which takes one restart." + openPart(open, c.Images)
+	case control.Held:
+		var cves []string
+		for _, h := range st.Holds {
+			cves = append(cves, h.CVEs...)
+		}
+		text := "A release is held on this device."
+		if len(st.Holds) > 0 {
+			text = fmt.Sprintf("%s is held on this device.", st.Holds[0].ID)
+		}
+		if len(cves) > 0 {
+			text += " Open: " + strings.Join(cves, " ") + "."
+		}
+		return fair, text
+	case control.RestartRequired:
+		return fair, "Only a restart of the device ends what is open." + openPart(open, c.Images)
+	case control.Incomplete:
+		return bad, fmt.Sprintf("%d of %s still %s vulnerable code.%s", open, many(c.Images, "image"), verb(open, "runs", "run"), restart)
+	case control.Pending:
+		return fair, fmt.Sprintf("%d of %s %s still to be patched; work is under way.%s", c.Pending, many(c.Images, "image"), verb(c.Pending, "is", "are"), restart)
+	case control.Hotpatched:
+		text := fmt.Sprintf("%d of %s in %s %s fixed code.", well, many(c.Images, "image"), processes(c.Processes), verb(well, "runs", "run"))
+		if c.OtherBuild > 0 {
+			text += fmt.Sprintf(" %s of a build that no release names.", isAre(c.OtherBuild))
+		}
+		return good, text + restart
+	case control.UpToDate:
+		text := "No release applies to this device."
+		if len(st.Releases) > 0 {
+			text = "No running process has loaded an image that a release fixes."
+		}
+		if c.OtherBuild > 0 {
+			text += fmt.Sprintf(" %s of a build that no release names.", isAre(c.OtherBuild))
+		}
+		return good, text
+	}
+	return "", "This daemon knows a state that this command does not know; it may be older."
+}
+
+func verb(n int, one, several string) string {
+	if n == 1 {
+		return one
+	}
+	return several
+}
+
+func isAre(n int) string { return fmt.Sprintf("%d %s", n, verb(n, "is", "are")) }
+
+func openPart(open, images int) string {
+	if open == 0 {
+		return ""
+	}
+	return fmt.Sprintf(" %d of %s %s open.", open, many(images, "image"), verb(open, "is", "are"))
+}
+
+// exception is one image that is not well.
+type exception struct {
+	process control.Process
+	image   control.Image
+}
+
+// exceptions are the images that are not well, worst first.
+func exceptions(d *control.Processes) []exception {
+	if d == nil {
+		return nil
+	}
+	var out []exception
+	for _, p := range d.Processes {
+		for _, i := range p.Images {
+			if i.State != control.Patched && i.State != control.Fixed {
+				out = append(out, exception{p, i})
+			}
+		}
+	}
+	slices.SortStableFunc(out, func(a, b exception) int { return rank(a.image.State) - rank(b.image.State) })
+	return out
+}
+
+func rank(s control.ImageState) int {
+	if i := slices.Index(control.ImageStates, s); i >= 0 {
+		return i
+	}
+	return -1 // unknown to this command: first
+}
+
+func (s *screen) openRows(p *page, rows []exception, st *control.Status) {
+	var cells [][]string
+	for _, r := range rows[:min(len(rows), maxListed)] {
+		cells = append(cells, []string{"", string(r.image.State), fmt.Sprintf("%s %d, %s", program(r.process.Exe), r.process.PID, r.image.Name), s.why(r.image, st.Generated)})
+	}
+	if len(cells) > 0 {
+		p.table(s, []column{{"", 0}, {"", 12}, {"", 36}, {"", 0}}, cells, nil)
+	}
+	if n := len(rows) - maxListed; n > 0 {
+		p.line("  and %d more: hotpatch processes --vulnerable", n)
+	}
+	hidden := st.Coverage.Open() + st.Coverage.OtherBuild - len(rows)
+	if hidden > 0 && len(rows) > 0 {
+		p.line("  and %s of other users", many(hidden, "image"))
+	} else if hidden > 0 {
+		p.line("  %s of other users: root and the daemon's group may see which", many(hidden, "image"))
+	}
+	if len(rows) > 0 || hidden > 0 {
+		p.blank()
+	}
+}
+
+// why is the reason of an image, with how long and how often.
+func (s *screen) why(i control.Image, now control.Time) string {
+	text := i.Reason
+	if text == "" {
+		text = i.ReasonCode
+	}
+	if !i.Since.IsZero() && i.State != control.Blocked && i.State != control.OtherBuild {
+		text += ", for " + age(i.Since, now)
+	}
+	switch {
+	case i.Attempts > 1:
+		text += fmt.Sprintf("; tried %d times", i.Attempts)
+		if i.Remedy == control.RemedyWait {
+			text += ", tries on"
+		}
+	case i.Attempts == 1 && i.Remedy == control.RemedyWait:
+		text += "; tried once, tries on"
+	}
+	return strings.TrimPrefix(text, ", ")
+}
+
+func (s *screen) since(r control.ActiveRelease, now control.Time) string {
+	var parts []string
+	if len(r.CVEs) > 0 {
+		parts = append(parts, "fixes "+strings.Join(r.CVEs, " "))
+	}
+	if !r.Since.IsZero() {
+		parts = append(parts, fmt.Sprintf("in force since %s (%s)", s.date(r.Since, now), age(r.Since, now)))
+	}
+	return strings.Join(parts, "; ")
+}
+
+func (s *screen) held(h control.Hold, now control.Time) string {
+	text := h.ID
+	if h.By != "" {
+		text += " by " + h.By
+	}
+	if !h.Since.IsZero() {
+		text += fmt.Sprintf(" since %s (%s)", s.date(h.Since, now), age(h.Since, now))
+	}
+	if h.Reason != "" {
+		text += ": " + h.Reason
+	}
+	if len(h.CVEs) > 0 {
+		text += "; open again: " + strings.Join(h.CVEs, " ")
+	}
+	return text
+}
+
+func device(st *control.Status) string {
+	d := st.Device
+	var parts []string
+	for _, x := range []string{d.Name, strings.TrimSpace(d.OS + " " + d.Edition), d.Build, d.Arch} {
+		if x != "" {
+			parts = append(parts, x)
+		}
+	}
+	text := strings.Join(parts, ", ")
+	word := "; eligible"
+	if !st.Eligible {
+		word = "; not eligible"
+		if len(st.Fails) > 0 {
+			word += " (" + strings.Join(st.Fails, ", ") + ")"
+		}
+	}
+	if len(st.Waived) > 0 {
+		word += " (" + strings.Join(st.Waived, ", ") + " waived by policy)"
+	}
+	return strings.TrimPrefix(text+word, "; ")
+}
+
+func (s *screen) repository(p *page, st *control.Status) {
+	r := st.Repository
+	url := r.URL
+	if url == "" {
+		url = "none configured"
+	}
+	var parts []string
+	if !r.LastCheck.IsZero() {
+		parts = append(parts, "checked "+age(r.LastCheck, st.Generated)+" ago")
+	} else if r.URL != "" && r.Error == nil {
+		parts = append(parts, "not checked yet")
+	}
+	if !r.Expires.IsZero() {
+		word := "good until "
+		if r.Expires.Before(st.Generated.Time) {
+			word = "ended "
+		}
+		parts = append(parts, word+s.date(r.Expires, st.Generated))
+	}
+	text := url
+	if len(parts) > 0 {
+		text += "; " + strings.Join(parts, ", ")
+	}
+	p.field("Repository", statusColumn, text)
+	if r.Error != nil {
+		p.field("", statusColumn, fmt.Sprintf("for %s: %s", age(r.Error.Since, st.Generated), r.Error.Text))
+	}
+}
+
+func (s *screen) next(st *control.Status) string {
+	var parts []string
+	if !st.Next.Hotpatch.IsZero() {
+		parts = append(parts, s.day(st.Next.Hotpatch, st.Generated)+" hotpatch")
+	}
+	if !st.Next.Baseline.IsZero() {
+		parts = append(parts, s.day(st.Next.Baseline, st.Generated)+" baseline with one restart")
+	}
+	return strings.Join(parts, "; ")
+}
+
+// remedies are what ends an open image, as a person would do it.
+var remedies = map[control.Remedy]string{
+	control.RemedyWait:           "nothing: it is tried again by itself; a restart of the process ends it too",
+	control.RemedyRestartProcess: "restart the process",
+	control.RemedyRestartDevice:  "restart the device",
+	control.RemedyBaseline:       "install the baseline, with one restart",
+	control.RemedyPolicy:         "change the policy, or accept that it stays open until the next baseline",
+	control.RemedyAuthor:         "ask the author of the release for one that fits",
+}
+
+// toDo are the last lines: what ends what is open, and the next command.
+func (s *screen) toDo(p *page, st *control.Status, rows []exception) {
+	var cells [][]string
+	for _, r := range rows[:min(len(rows), maxListed)] {
+		if text := remedies[r.image.Remedy]; text != "" {
+			cells = append(cells, []string{fmt.Sprintf("%s %d", program(r.process.Exe), r.process.PID), text})
+		}
+	}
+	for _, a := range st.Attention {
+		if a.Code == "torn" || a.Code == "repository" { // said above already
+			continue
+		}
+		text := a.Text
+		if r, ok := remedies[control.Remedy(a.Remedy)]; ok {
+			text += ": " + r
+		} else if a.Remedy != "" && a.Remedy != "none" {
+			text += ": " + a.Remedy
+		}
+		cells = append(cells, []string{a.Severity, text})
+	}
+	if cmd := nextCommand(st); cmd != "" {
+		cells = append(cells, []string{"", cmd})
+	}
+	if len(cells) == 0 {
+		return
+	}
+	p.blank()
+	for i, c := range cells {
+		label := ""
+		if i == 0 {
+			label = "To do"
+		}
+		head := pad(label, statusColumn)
+		if c[0] == "" {
+			p.line("%s%s", head, clean(c[1]))
+			continue
+		}
+		name := pad(shorten(clean(c[0]), 24), 17) + " "
+		for n, l := range wrap(clean(c[1]), width-statusColumn-len([]rune(name))) {
+			if n > 0 {
+				head, name = pad("", statusColumn), pad("", len([]rune(name)))
+			}
+			p.line("%s%s%s", head, name, l)
+		}
+	}
+}
+
+func nextCommand(st *control.Status) string {
+	switch {
+	case st.State == control.Ineligible || !st.Eligible && st.State != control.Unknown:
+		return "hotpatch eligibility"
+	case st.State == control.Held && len(st.Holds) > 0:
+		return "hotpatch install " + st.Holds[0].ID
+	case st.State == control.Unknown:
+		return "hotpatch check"
+	case st.State == control.BaselineRequired:
+		return "hotpatch list"
+	case st.Coverage.Open()+st.Coverage.OtherBuild > 0:
+		return "hotpatch processes --vulnerable"
+	}
+	return ""
+}
+
+// checked shows what a refresh of the repository came to.
+func (s *screen) checked(st *control.Status) string {
+	p := &page{}
+	if e := st.Repository.Error; e != nil {
+		p.verdict(s, bad, "FAILED", e.Text)
+	} else {
+		p.verdict(s, good, "CHECKED", fmt.Sprintf("%s answers; its metadata is good until %s.", st.Repository.URL, s.date(st.Repository.Expires, st.Generated)))
+	}
+	colour, text := s.sentence(st)
+	p.verdict(s, colour, strings.ToUpper(string(st.State)), text)
+	p.blank()
+	p.line("hotpatch list shows what it offers.")
+	return p.String()
+}
