@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"hotpatchd/agent/release"
+	"hotpatchd/patcher"
 	"hotpatchd/pe"
 )
 
@@ -254,6 +255,61 @@ func TestTrialFails(t *testing.T) {
 	}
 	if code, _, errs := command("test", fixtures+"mingw/app.dll"); code != exitFailed || errs == "" {
 		t.Errorf("a DLL is no release: exit %d %q", code, errs)
+	}
+}
+
+// TestTrialJudges shows the judge what a wrong patcher would leave behind: an
+// entry that leads elsewhere, other bytes than planned, code not restored.
+func TestTrialJudges(t *testing.T) {
+	b, err := os.ReadFile(pack(t, "mingw/app.dll", "mingw/fix-ref-1.dll", 1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := release.Open(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bases, err := readBases([]string{fixtures + "mingw/app.dll"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	patch, err := patcher.NewPatch(patcher.Origin{Release: r.ID, Sequence: 1, Image: "app.dll", Base: r.Images[0].Base}, r.ImageBytes(0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := (&trial{release: r, bases: bases}).start(t.Context(), bases[0], patch, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.p.Close()
+	plan, err := s.prepare()
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, err := s.code(plan)
+	if err != nil {
+		t.Fatal(err)
+	}
+	record, err := s.x.Apply(t.Context(), s.p, plan)
+	if err != nil || s.applied(record) != nil {
+		t.Fatalf("applied and not believed: %v, %v", err, s.applied(record))
+	}
+	if s.unchanged(plan, before) == nil {
+		t.Error("patched code passes for unchanged")
+	}
+	record.Sites[0].Target++
+	if s.applied(record) == nil {
+		t.Error("an entry that leads elsewhere is believed")
+	}
+	record.Sites[0].Target--
+	record.Sites[0].New[1]++
+	if s.applied(record) == nil {
+		t.Error("other bytes than planned are believed")
+	}
+	record.Sites[0].New[1]--
+	record.State = patcher.Staged
+	if s.applied(record) == nil {
+		t.Error("a record that is not applied is believed")
 	}
 }
 

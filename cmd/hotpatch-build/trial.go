@@ -132,38 +132,37 @@ func (t *trial) findBase() (baseFile, error) {
 // simulate loads the base into a new simulated process at an address (0: any
 // other than its own) and goes through plan, busy thread, apply and rollback.
 func (t *trial) simulate(ctx context.Context, base baseFile, patch *patcher.Patch, at uint64) {
-	machine, err := sim.New(&sim.Scene{Format: sim.SceneFormat, Seed: 1}, nil)
+	s, err := t.start(ctx, base, patch, at)
 	if err != nil {
 		t.say("simulation", failed, "%v", err)
 		return
 	}
+	defer s.p.Close()
+	s.run()
+	t.verdict("invariants", s.m.Invariant(s.p.Info().PID), "no thread held or let go inside written bytes, no code unflushed, nothing torn")
+}
+
+func (t *trial) start(ctx context.Context, base baseFile, patch *patcher.Patch, at uint64) (*simulation, error) {
+	machine, err := sim.New(&sim.Scene{Format: sim.SceneFormat, Seed: 1}, nil)
+	if err != nil {
+		return nil, err
+	}
 	image := t.release.Images[t.n]
-	modules := t.modules(base)
-	modules = append(modules, sim.Module{Name: image.Name, Path: image.Name, Image: base.data, Base: at})
+	modules := append(t.modules(base), sim.Module{Name: image.Name, Path: image.Name, Image: base.data, Base: at})
 	id, err := machine.Start(sim.Process{Exe: "/usr/bin/trial", Arch: target.Arch(image.Arch), Modules: modules})
 	if err != nil {
-		t.say("simulation", failed, "cannot load the base: %v", err)
-		return
+		return nil, fmt.Errorf("cannot load the base: %w", err)
+	}
+	span, err := machine.Module(id.PID, image.Name)
+	if err != nil {
+		return nil, err
 	}
 	p, err := machine.Open(ctx, id)
 	if err != nil {
-		t.say("simulation", failed, "%v", err)
-		return
-	}
-	defer p.Close()
-	span, err := machine.Module(id.PID, image.Name)
-	if err != nil {
-		t.say("simulation", failed, "%v", err)
-		return
+		return nil, err
 	}
 	x := &patcher.Patcher{Attempts: 1, Sleep: func(context.Context, time.Duration) error { return nil }}
-	s := &simulation{t: t, ctx: ctx, m: machine, p: p, base: span.Start, patch: patch, x: x}
-	s.run()
-	if err := machine.Invariant(id.PID); err != nil {
-		t.say("invariants", failed, "%v", err)
-		return
-	}
-	t.say("invariants", passed, "no thread held or let go inside written bytes, no code unflushed, nothing torn")
+	return &simulation{t: t, ctx: ctx, m: machine, p: p, base: span.Start, patch: patch, x: x}, nil
 }
 
 // modules stand in for what the base and the hotpatch image import: the other

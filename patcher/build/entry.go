@@ -79,17 +79,15 @@ func (f *file) fillerBefore(entry uint32) bool {
 	return f.boundIn(entry-longJump, entry, 0) == 0
 }
 
-// landing finds a place in [begin, end) that something refers to: a symbol, an
-// unwind record, a relocated pointer, a far branch from anywhere, any branch
-// of the body itself. It returns the lowest, 0 if there is none.
+// landing finds a place in [begin, end) that something refers to: a relocated
+// pointer, a far branch from anywhere, any branch of the body itself. It
+// returns the lowest, 0 if there is none. Symbols and unwind records cannot
+// begin there: extentOf would have refused.
 func (f *file) landing(begin, end uint32, e extent) (at uint32, what string, err error) {
 	add := func(rva uint32, by string) {
 		if rva >= begin && rva < end && (at == 0 || rva < at) {
 			at, what = rva, by
 		}
-	}
-	if b := f.boundIn(begin, end, 0); b != 0 {
-		add(b, "a symbol or an unwind record")
 	}
 	for _, r := range f.relocs {
 		var p [8]byte

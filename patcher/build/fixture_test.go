@@ -128,6 +128,26 @@ func (e edit) pdata(entry uint32) int {
 	return 0
 }
 
+// symbolRecord is the file offset of a COFF symbol's record.
+func (e edit) symbolRecord(name string) int {
+	e.t.Helper()
+	table, count := int(binary.LittleEndian.Uint32(e.b[e.coff()+8:])), int(binary.LittleEndian.Uint32(e.b[e.coff()+12:]))
+	strings := table + 18*count
+	for i := 0; i < count; i++ {
+		at := table + 18*i
+		raw := e.b[at : at+8]
+		if binary.LittleEndian.Uint32(raw) == 0 {
+			raw = e.b[strings+int(binary.LittleEndian.Uint32(raw[4:])):]
+		}
+		if string(raw[:min(len(raw), len(name))]) == name && (len(raw) == len(name) || raw[len(name)] == 0) {
+			return at
+		}
+		i += int(e.b[at+17])
+	}
+	e.t.Fatalf("no symbol %s", name)
+	return 0
+}
+
 // grow makes a section n bytes longer within its raw data and returns the RVA
 // of the new bytes.
 func (e edit) grow(section string, n uint32) uint32 {

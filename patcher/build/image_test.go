@@ -261,6 +261,14 @@ func TestUnwindWord(t *testing.T) {
 			t.Errorf("%s: unwind %q, want %q", fix, r.Unwind, want)
 		}
 	}
+	bare := editOf(t, fixture(t, "mingw/fix-throw-1.dll")).stripped().b // an import without a symbol
+	r, err := Image(Options{Base: fixture(t, "mingw/app.dll"), Fix: bare, Sequence: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.Unwind != UnwindRequired {
+		t.Errorf("stripped: unwind %q, want %q", r.Unwind, UnwindRequired)
+	}
 }
 
 // TestUnwindHandler gives vuln's unwind record a handler: exceptions then come

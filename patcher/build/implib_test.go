@@ -128,7 +128,11 @@ func TestImportLibraryLinks(t *testing.T) {
 				t.Fatal(err)
 			}
 			got := map[string]bool{}
+			iat := parse(t, b).Directories[12] // IMAGE_DIRECTORY_ENTRY_IAT
 			for _, i := range imports {
+				if i.Slot < iat.RVA || i.Slot+8 > iat.RVA+iat.Size {
+					t.Errorf("%s: slot %x of %s is not in the import address table at %x, %d bytes", made, i.Slot, i.Name, iat.RVA, iat.Size)
+				}
 				got[fmt.Sprintf("%s!%s", i.DLL, i.Name)] = true
 			}
 			if len(got) != 2 || !got[long+"!helper"] || !got[long+"!answer_base"] {

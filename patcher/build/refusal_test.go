@@ -88,6 +88,121 @@ func TestLengthContradiction(t *testing.T) {
 	}
 }
 
+// TestSymbolSize writes a size into doubled's auxiliary symbol record, as some
+// compilers do: the right one changes nothing, another contradicts .pdata.
+func TestSymbolSize(t *testing.T) {
+	app := fixture(t, "mingw/app.dll")
+	const length = 4 // lea, ret
+	for size, refused := range map[uint32]bool{0: false, length: false, length - 1: true, length + 1: true} {
+		e := editOf(t, app)
+		at := e.symbolRecord("doubled")
+		if e.b[at+17] == 0 {
+			t.Fatal("doubled's symbol has no auxiliary record")
+		}
+		e.word32(at+18+4, size)
+		f := loadBase(t, e.b)
+		s, err := f.lookup("doubled")
+		if err != nil || s.Size != size {
+			t.Fatalf("symbol %+v, want size %d (%v)", s, size, err)
+		}
+		got, err := f.extentOf(s)
+		if refused {
+			wantRefusal(t, err, CodeLength, "base", "doubled")
+		} else if err != nil || got.End-got.Begin != length {
+			t.Errorf("size %d: %+v (%v)", size, got, err)
+		}
+	}
+}
+
+// TestEntryBytes changes code so that an entry cannot be rewritten.
+func TestEntryBytes(t *testing.T) {
+	entries, demo := fixture(t, "entries/entries.dll"), fixture(t, "demo/demo.dll")
+	fix := editOf(t, fixture(t, "entries/fix-entries.dll")).b
+	entry := symbol(t, entries, "entry_c")
+	image := func(base, fix []byte, names ...string) error {
+		var list []Replacement
+		for _, n := range names {
+			list = append(list, Replacement{Name: n})
+		}
+		_, err := Image(Options{Base: base, Fix: fix, Sequence: 1, Functions: list})
+		return err
+	}
+	if err := image(entries, fix, "entry_c"); err != nil {
+		t.Fatal(err)
+	}
+	t.Run("ends early", func(t *testing.T) {
+		e := editOf(t, entries)
+		copy(e.b[e.at(entry):], []byte{0x90, 0xc3})
+		wantRefusal(t, image(e.b, fix, "entry_c"), CodeShort, "base", "entry_c")
+	})
+	t.Run("far jump from elsewhere", func(t *testing.T) {
+		e := editOf(t, entries)
+		from := symbol(t, entries, "wedge_c") + 2 // its long NOP
+		e.b[e.at(from)] = 0xe9
+		e.word32(e.at(from)+1, entry+1-(from+5))
+		if r := wantRefusal(t, image(e.b, fix, "entry_c"), CodeJump, "base", "entry_c"); r.At != entry+1 {
+			t.Errorf("at %x, want %x", r.At, entry+1)
+		}
+	})
+	t.Run("pointer", func(t *testing.T) {
+		e := editOf(t, demo)
+		answer, pointer := symbol(t, demo, "answer"), symbol(t, demo, "demo_entry")
+		e.word32(e.at(pointer), u32(e.b[e.at(pointer):])+1)
+		if r := wantRefusal(t, image(e.b, fixture(t, "demo/demo-fix.dll")), CodeJump, "base", "answer"); r.At != answer+1 {
+			t.Errorf("at %x, want %x", r.At, answer+1)
+		}
+	})
+	t.Run("arm64, too short", func(t *testing.T) {
+		b := fixture(t, "demo-arm64/demo.dll")
+		f := loadBase(t, b)
+		s, err := f.lookup("answer")
+		if err != nil {
+			t.Fatal(err)
+		}
+		e, err := f.extentOf(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		e.End = e.Begin + 2
+		wantRefusal(t, f.checkEntry("answer", e), CodeShort, "base", "answer")
+	})
+}
+
+// loadBase reads a base as Image does.
+func loadBase(t *testing.T, b []byte) *file {
+	t.Helper()
+	f, err := load("base", b, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f
+}
+
+// TestPointerToCopy: an initialised pointer of the fix to its own copy of a
+// variable is a use of it, even where no code names it.
+func TestPointerToCopy(t *testing.T) {
+	fix := fixture(t, "clang/fix-marked-1.dll")
+	e := editOf(t, fix)
+	im := parse(t, fix)
+	relocs, err := im.Relocs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// __ref_calls points at calls, which is what the device will change; let the
+	// record of that relocation belong to another variable.
+	ref := symbol(t, fix, "__ref_calls")
+	for _, r := range relocs {
+		if r.RVA == ref {
+			at := e.symbolRecord("__ref_calls")
+			copy(e.b[u32(e.b[e.coff()+8:])+18*u32(e.b[e.coff()+12:])+u32(e.b[at+4:]):], "__own_calls")
+			_, err := Image(Options{Base: fixture(t, "clang/app.dll"), Fix: e.b, Sequence: 1, Functions: []Replacement{{"vuln", ""}}})
+			wantRefusal(t, err, CodeWritable, "fix", "calls")
+			return
+		}
+	}
+	t.Fatal("__ref_calls is not relocated")
+}
+
 // TestAmbiguous renames a local symbol so that two bear one name.
 func TestAmbiguous(t *testing.T) {
 	app := editOf(t, fixture(t, "mingw/app.dll"))
