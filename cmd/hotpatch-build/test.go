@@ -33,6 +33,9 @@ stand-ins. The simulation proves the release and the plan; it does not run the n
 			if err != nil {
 				return err
 			}
+			if r.Kind != release.KindHotpatch {
+				return fmt.Errorf("%s is a %s: whole files, with nothing to apply to a process", r.ID, r.Kind)
+			}
 			files, err := readBases(bases)
 			if err != nil {
 				return err

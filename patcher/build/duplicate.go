@@ -22,7 +22,7 @@ type variable struct {
 // emit __ref_ variables for a whole image leave such copies.
 func checkData(base, fix *file, dead []pe.Span) error {
 	var copies []variable
-	for _, name := range fix.names() {
+	for _, name := range fix.names {
 		if linkerMade(name) || sectionName(name) || strings.HasPrefix(name, refPrefix) || fix.importName(name) {
 			continue
 		}

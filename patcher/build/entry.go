@@ -3,6 +3,7 @@ package build
 import (
 	"bytes"
 	"encoding/binary"
+	"slices"
 
 	"golang.org/x/arch/x86/x86asm"
 )
@@ -79,46 +80,34 @@ func (f *file) fillerBefore(entry uint32) bool {
 	return f.boundIn(entry-longJump, entry, 0) == 0
 }
 
+// landings are places that something refers to, each list sorted.
+type landings struct {
+	pointers []uint32 // targets of relocated pointers
+	branches []uint32 // targets of what may be far branches
+}
+
 // landing finds a place in [begin, end) that something refers to: a relocated
 // pointer, a far branch from anywhere, any branch of the body itself. It
 // returns the lowest, 0 if there is none. Symbols and unwind records cannot
 // begin there: extentOf would have refused.
 func (f *file) landing(begin, end uint32, e extent) (at uint32, what string, err error) {
+	if f.lands == nil {
+		if f.lands, err = f.findLandings(); err != nil {
+			return 0, "", err
+		}
+	}
 	add := func(rva uint32, by string) {
 		if rva >= begin && rva < end && (at == 0 || rva < at) {
 			at, what = rva, by
 		}
 	}
-	for _, r := range f.relocs {
-		var p [8]byte
-		if r.Width() == 8 && f.Canonical(p[:], r.RVA) == nil {
-			if to := binary.LittleEndian.Uint64(p[:]) - f.ImageBase; to < uint64(f.SizeOfImage) {
-				add(uint32(to), "a pointer")
-			}
+	first := func(list []uint32, by string) {
+		if i, _ := slices.BinarySearch(list, begin); i < len(list) {
+			add(list[i], by)
 		}
 	}
-	for _, s := range f.Sections {
-		if !s.Exec() {
-			continue
-		}
-		code := make([]byte, s.Extent())
-		if err := f.Canonical(code, s.RVA); err != nil {
-			return 0, "", damaged(f.role, err)
-		}
-		for i := 0; i+6 <= len(code); i++ { // any byte may begin a branch: a false find only refuses
-			n := 0
-			switch {
-			case code[i]&0xfe == 0xe8:
-				n = 5
-			case code[i] == 0x0f && code[i+1]&0xf0 == 0x80:
-				n = 6
-			default:
-				continue
-			}
-			next := s.RVA + uint32(i+n)
-			add(next+binary.LittleEndian.Uint32(code[i+n-4:]), "a jump or call")
-		}
-	}
+	first(f.lands.pointers, "a pointer")
+	first(f.lands.branches, "a jump or call")
 	body := make([]byte, e.End-e.Begin)
 	if err := f.Canonical(body, e.Begin); err != nil {
 		return 0, "", damaged(f.role, err)
@@ -135,4 +124,44 @@ func (f *file) landing(begin, end uint32, e extent) (at uint32, what string, err
 		}
 	}
 	return at, what, nil
+}
+
+// findLandings looks at every pointer and every byte of code. Any byte may
+// begin a branch: a false find only refuses.
+func (f *file) findLandings() (*landings, error) {
+	l := new(landings)
+	for _, r := range f.relocs {
+		var p [8]byte
+		if r.Width() == 8 && f.Canonical(p[:], r.RVA) == nil {
+			if to := binary.LittleEndian.Uint64(p[:]) - f.ImageBase; to < uint64(f.SizeOfImage) {
+				l.pointers = append(l.pointers, uint32(to))
+			}
+		}
+	}
+	for _, s := range f.Sections {
+		if !s.Exec() {
+			continue
+		}
+		code := make([]byte, s.Extent())
+		if err := f.Canonical(code, s.RVA); err != nil {
+			return nil, damaged(f.role, err)
+		}
+		for i := 0; i+6 <= len(code); i++ {
+			n := 0
+			switch {
+			case code[i]&0xfe == 0xe8:
+				n = 5
+			case code[i] == 0x0f && code[i+1]&0xf0 == 0x80:
+				n = 6
+			default:
+				continue
+			}
+			if to := s.RVA + uint32(i+n) + binary.LittleEndian.Uint32(code[i+n-4:]); to < f.SizeOfImage {
+				l.branches = append(l.branches, to)
+			}
+		}
+	}
+	slices.Sort(l.pointers)
+	slices.Sort(l.branches)
+	return l, nil
 }

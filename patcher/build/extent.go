@@ -2,7 +2,6 @@ package build
 
 import (
 	"crypto/sha256"
-	"encoding/binary"
 	"slices"
 	"strings"
 
@@ -17,8 +16,8 @@ type extent struct {
 
 // extentOf finds where a function of the base ends. Three witnesses: the
 // symbol's own size, the unwind record, and where the next thing begins. They
-// must not contradict each other; where only the last speaks, the filler
-// between is cut off by decoding.
+// must not contradict each other; where only the last speaks, the code itself
+// is followed.
 func (f *file) extentOf(s pe.Symbol) (extent, error) {
 	limit := f.after(s.RVA)
 	e := extent{Span: pe.Span{Begin: s.RVA, End: limit}}
@@ -45,7 +44,7 @@ func (f *file) extentOf(s pe.Symbol) (extent, error) {
 			return e, refuse(CodeLength, f.role, s.Name, s.RVA, "its symbol says %d bytes, but something else begins at %x", s.Size, limit)
 		}
 	default:
-		end, err := f.trim(s, limit)
+		end, err := f.endByFlow(s, limit)
 		if err != nil {
 			return e, err
 		}
@@ -105,52 +104,6 @@ func (f *file) addRanges(s pe.Symbol, e *extent) {
 		}
 	}
 	slices.SortFunc(e.ranges, func(a, b pe.Span) int { return int(a.Begin) - int(b.Begin) })
-}
-
-// trim cuts the filler between a function and what begins at limit. The code
-// is decoded from the entry; what cannot be decoded has no certain end.
-func (f *file) trim(s pe.Symbol, limit uint32) (uint32, error) {
-	code := make([]byte, limit-s.RVA)
-	if err := f.Canonical(code, s.RVA); err != nil {
-		return 0, damaged(f.role, err)
-	}
-	if f.Machine == machineARM64 {
-		return s.RVA + trimARM64(code), nil
-	}
-	end := 0 // of the last instruction that is not filler
-	for i := 0; i < len(code); {
-		in, err := decode(code[i:])
-		if err != nil {
-			if end > 0 && allZero(code[i:]) {
-				break // zero filler, odd at its end
-			}
-			why := CodeLength
-			if i < longJump {
-				why = CodeInstruction
-			}
-			return 0, refuse(why, f.role, s.Name, s.RVA+uint32(i),
-				"only what begins at %x bounds it, and the instruction % x is not known", limit, code[i:min(len(code), i+8)])
-		}
-		fill := filler(code[i:], in)
-		i += in.Len
-		if !fill {
-			end = i
-		}
-	}
-	return s.RVA + uint32(end), nil
-}
-
-func trimARM64(code []byte) uint32 {
-	const nop, brkMask, brk = 0xd503201f, 0xffe0001f, 0xd4200000
-	end := len(code) &^ 3
-	for end >= 4 {
-		w := binary.LittleEndian.Uint32(code[end-4:])
-		if w != 0 && w != nop && w&brkMask != brk {
-			break
-		}
-		end -= 4
-	}
-	return uint32(end)
 }
 
 func allZero(b []byte) bool {

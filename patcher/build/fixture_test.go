@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -179,4 +180,52 @@ func symbol(t testing.TB, b []byte, name string) uint32 {
 	}
 	t.Fatalf("no symbol %s", name)
 	return 0
+}
+
+// TestFixtures holds the committed images to what testdata/fixtures/README.md says of them.
+func TestFixtures(t *testing.T) {
+	total := int64(0)
+	err := filepath.WalkDir(fixtures, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() || filepath.Ext(path) != ".dll" {
+			return err
+		}
+		info, err := os.Stat(path)
+		if err != nil {
+			return err
+		}
+		if total += info.Size(); info.Size() > 40<<10 {
+			t.Errorf("%s has %d bytes, too many to commit", path, info.Size())
+		}
+		return nil
+	})
+	if err != nil || total > 600<<10 {
+		t.Errorf("%d bytes of images (%v)", total, err)
+	}
+	for name, bare := range map[string]bool{"mingw/app.dll": false, "clang/app.dll": false, "arm64/app.dll": false, "other/app.dll": false, "demo/demo.dll": false, "plain/app.dll": true} {
+		id, err := parse(t, fixture(t, name)).Identity()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if (id.TimeDateStamp == 0) != bare || (id.RSDS == "") != bare {
+			t.Errorf("%s: stamp %x, rsds %q", name, id.TimeDateStamp, id.RSDS)
+		}
+	}
+	for _, name := range []string{"demo/demo.dll", "demo-clang/demo.dll", "demo-arm64/demo.dll"} {
+		im := parse(t, fixture(t, name))
+		imports, err := im.Imports()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if lc, err := im.LoadConfig(); err != nil || lc != nil || len(imports) != 0 || im.EntryPoint != 0 {
+			t.Errorf("%s: load configuration %v, imports %v, entry point %x (%v)", name, lc, imports, im.EntryPoint, err)
+		}
+		if relocs, err := im.Relocs(); err != nil || len(relocs) == 0 {
+			t.Errorf("%s: nothing to relocate (%v)", name, err)
+		}
+	}
+	for _, name := range []string{"clang/app.dll", "arm64/app.dll"} {
+		if lc, err := parse(t, fixture(t, name)).LoadConfig(); err != nil || lc == nil || len(lc.GuardFunctions) == 0 {
+			t.Errorf("%s: no CFG table (%v)", name, err)
+		}
+	}
 }

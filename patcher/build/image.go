@@ -296,7 +296,7 @@ func warnings(base, fix *file, functions []Function, to *reach) []string {
 		}
 	}
 	for _, f := range functions {
-		for _, name := range base.names() {
+		for _, name := range base.names {
 			if clone(name, f.Name) {
 				w = append(w, fmt.Sprintf("the base has %s, a piece of %s the compiler made for some callers: they will not reach the new function", name, f.Name))
 			}
@@ -314,7 +314,7 @@ func clone(name, of string) bool {
 
 // nameAt is any symbol at an RVA, for people.
 func (f *file) nameAt(rva uint32) string {
-	for _, name := range f.names() {
+	for _, name := range f.names {
 		if slices.ContainsFunc(f.byName[name], func(s pe.Symbol) bool { return s.RVA == rva }) && !sectionName(name) {
 			return name
 		}

@@ -26,7 +26,7 @@ func ImportLibrary(o ImportLibraryOptions) (library []byte, names int, ambiguous
 		return nil, 0, nil, refuse(CodeSymbol, base.role, "", 0, "the base has no name in its export directory; give one")
 	}
 	var entries []importEntry
-	for _, name := range base.names() {
+	for _, name := range base.names {
 		if linkerMade(name) || sectionName(name) || base.importName(name) || name == "DllMain" {
 			continue
 		}

@@ -41,7 +41,7 @@ func (r *reach) add(kind pe.HotPatchType, place, target uint32) {
 
 // references: the variable __ref_NAME := address of NAME in the base.
 func (r *reach) references(base, fix *file) error {
-	for _, name := range fix.names() {
+	for _, name := range fix.names {
 		if !strings.HasPrefix(name, refPrefix) {
 			continue
 		}
@@ -108,7 +108,7 @@ func (f *file) imported(i pe.Import) (uint32, error) {
 // copies: functions of the fix that bear the name of one of the base and do
 // not replace it are there for the linker; whoever calls them gets the base's.
 func (r *reach) copies(base, fix *file, targets map[uint32]string) error {
-	for _, name := range fix.names() {
+	for _, name := range fix.names {
 		if linkerMade(name) || sectionName(name) || strings.HasPrefix(name, refPrefix) || fix.importName(name) || base.importName(name) {
 			continue
 		}

@@ -2,8 +2,8 @@ package build
 
 import (
 	"bytes"
+	"maps"
 	"slices"
-	"sort"
 	"strings"
 
 	"hotpatchd/pe"
@@ -36,7 +36,10 @@ type file struct {
 	relocs  []pe.Reloc
 	coff    bool                   // has a COFF symbol table, its own or a twin's
 	byName  map[string][]pe.Symbol // distinct RVAs
+	names   []string               // keys of byName in order: a map's order must never reach the output
 	bounds  []uint32               // where functions may begin, sorted
+	shared  map[string]bool        // names of imports
+	lands   *landings              // of the base, found when first asked for
 }
 
 // load reads an image of either role.
@@ -80,6 +83,11 @@ func load(role string, data []byte, twins []SymbolFile) (*file, error) {
 			return nil, err
 		}
 		f.add(list)
+	}
+	f.names = slices.Sorted(maps.Keys(f.byName))
+	f.shared = map[string]bool{}
+	for _, i := range f.imports {
+		f.shared[i.Name] = true
 	}
 	f.findBounds()
 	return f, nil
@@ -153,16 +161,6 @@ func (f *file) add(list []pe.Symbol) {
 		o.Exported = o.Exported || s.Exported
 		o.External = o.External || s.External
 	}
-}
-
-// names are all names in order: a map's order must never reach the output.
-func (f *file) names() []string {
-	names := make([]string, 0, len(f.byName))
-	for n := range f.byName {
-		names = append(names, n)
-	}
-	sort.Strings(names)
-	return names
 }
 
 // findBounds collects every place where something else than the middle of a
@@ -243,7 +241,7 @@ func (f *file) importName(name string) bool {
 	if _, ok := f.byName["__imp_"+name]; ok {
 		return true
 	}
-	return slices.ContainsFunc(f.imports, func(i pe.Import) bool { return i.Name == name })
+	return f.shared[name]
 }
 
 // inExec and inWritable tell where an RVA lies.
