@@ -3,6 +3,7 @@
 package ptrace
 
 import (
+	"hash/maphash"
 	"os"
 	"sync"
 
@@ -19,16 +20,25 @@ type backend struct {
 	desc    describer
 	changes uint64 // last Change given out
 	round   uint64
+	kept    int // stat files that are open
+	mayKeep int
+	turns   int // of so many processes with page faults one is looked at in a round
+	waiting int // how many there were
+	seed    maphash.Seed
 	dirbuf  []byte
+	mapbuf  []byte
 	pids    []int
 	gadgets *gadgetCache
 }
 
 // known is what List remembers of a process from one call to the next.
 type known struct {
-	stat  stat
-	info  target.Info
-	round uint64 // of List, in which it was last seen
+	stat   stat
+	sum    uint64 // of the mappings that code can come from
+	info   target.Info
+	kernel bool   // a kernel thread: no info
+	file   int    // its stat file (a kernel thread's comm), -1 if it is not kept open
+	round  uint64 // of List, in which it was last seen
 }
 
 // New makes the backend of this machine. It holds one descriptor of /proc.
@@ -40,10 +50,21 @@ func New() (target.Backend, error) {
 	return &backend{
 		proc:    fd,
 		procs:   map[int]*known{},
-		desc:    describer{users: map[int]string{}, self: os.Getpid(), buf: make([]byte, 0, 4096)},
+		desc:    describer{users: map[int]string{}, self: os.Getpid(), rights: readRights(), buf: make([]byte, 0, 4096)},
+		turns:   1,
+		mayKeep: mayKeep(),
+		seed:    maphash.MakeSeed(),
 		dirbuf:  make([]byte, 64<<10),
 		gadgets: newGadgetCache(),
 	}, nil
 }
 
 func (b *backend) Name() string { return "ptrace" }
+
+func mayKeep() int {
+	var r unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &r); err != nil {
+		return 0
+	}
+	return int(min(maxKept, r.Cur/4))
+}

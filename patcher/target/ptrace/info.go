@@ -20,9 +20,10 @@ import (
 // describer turns what /proc shows of a process into an Info. What it keeps is
 // about the machine, never about a process. Not safe for concurrent use.
 type describer struct {
-	users map[int]string
-	self  int
-	buf   []byte
+	users  map[int]string
+	self   int
+	rights rights
+	buf    []byte
 }
 
 // limits of what is read of one process.
@@ -62,8 +63,15 @@ func (d *describer) describe(dir procDir, l *life) target.Info {
 		i.Host = filepath.Base(i.Exe)
 		i.Arch, i.Guards = arch(dir, sub, i.Guards)
 	} else if err == unix.EACCES || err == unix.EPERM {
+		why := "CAP_SYS_PTRACE is missing"
+		if d.rights.capable {
+			why = "a security module or a user namespace"
+		}
 		i.Guards = append(i.Guards, target.Guard{Code: target.GuardProtected,
-			Text: fmt.Sprintf("the system keeps uid %d out of this process of uid %d (%s)", os.Geteuid(), i.UID, "CAP_SYS_PTRACE is missing")})
+			Text: fmt.Sprintf("the system keeps us, uid %d, out of a process of %s: %s", d.rights.uid, i.User, why)})
+	}
+	if g, ok := d.rights.guard(); ok {
+		i.Guards = append(i.Guards, g)
 	}
 	comm := statusField(status, "Name")
 	if strings.HasPrefix(i.Host, "wine") {

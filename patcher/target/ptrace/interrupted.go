@@ -20,12 +20,16 @@ const (
 // Interrupted finds signal frames in stack bytes: a word that is the address
 // of a return-from-signal, followed by the context to return to.
 func (z *frozen) Interrupted(b []byte, at target.Addr) []target.Addr {
-	if len(z.sigret) == 0 {
+	return interrupted(z.sigret, b, at)
+}
+
+func interrupted(sigret []target.Addr, b []byte, at target.Addr) []target.Addr {
+	if len(sigret) == 0 {
 		return nil
 	}
-	known := make(map[uint64]bool, len(z.sigret))
+	known := make(map[uint64]bool, len(sigret))
 	low, high := uint64(1<<64-1), uint64(0)
-	for _, a := range z.sigret {
+	for _, a := range sigret {
 		known[uint64(a)] = true
 		low, high = min(low, uint64(a)), max(high, uint64(a))
 	}

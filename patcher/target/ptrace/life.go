@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"hash/fnv"
 	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -73,6 +74,9 @@ func readLife(dir procDir, pid, mem int) (life, error) {
 	l.id.Start = h.Sum64()
 	return l, nil
 }
+
+// via is the folder of the thread to look through, below that of the process.
+func (l *life) via() string { return strings.TrimSuffix("/"+l.sub, "/") }
 
 // look reads the stat file, through a thread that lives if the main thread has
 // ended. The start stays that of the process.

@@ -3,7 +3,10 @@
 package ptrace
 
 import (
+	"bytes"
 	"context"
+	"hash/maphash"
+	"slices"
 	"strconv"
 
 	"golang.org/x/sys/unix"
@@ -11,16 +14,34 @@ import (
 	"hotpatchd/patcher/target"
 )
 
-// List reads one file of a process whose start, place of code and stack, and
-// mapped size are as they were, and everything about one that changed.
+// faultChecks is how many processes that map as much as before, but took page
+// faults, have their mappings compared in one List. The others come later.
+const faultChecks = 32
+
+// maxKept bounds the files that stay open from one List to the next, which
+// halves its cost; a quarter of the descriptors we may have, if that is less.
+const maxKept = 2048
+
+// List reads one file of a process that did nothing: its start, the places of
+// its code and stack, its size and its page faults are as they were. Of one that
+// did something it compares the mappings that code can come from, files and
+// executable ones; only if those changed everything about it is read anew. A
+// module that went and came back at the same place between two calls does not show.
 func (b *backend) List(ctx context.Context) ([]target.Info, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.round++
+	if r := readRights(); r != b.desc.rights {
+		b.desc.rights = r
+		for pid := range b.procs {
+			b.drop(pid)
+		}
+	}
 	var err error
 	if b.pids, err = b.proc.numbers(b.pids[:0], b.dirbuf); err != nil {
 		return nil, &target.Error{Op: "list", Note: "cannot read /proc", Err: err}
 	}
+	b.turns, b.waiting = 1+b.waiting/faultChecks, 0
 	list := make([]target.Info, 0, len(b.procs)+16)
 	for n, pid := range b.pids {
 		if n%64 == 0 && ctx.Err() != nil {
@@ -29,10 +50,13 @@ func (b *backend) List(ctx context.Context) ([]target.Info, error) {
 		if k := b.refresh(pid); k != nil {
 			list = append(list, k.info)
 		}
+		if k := b.procs[pid]; k != nil {
+			k.round = b.round
+		}
 	}
 	for pid, k := range b.procs {
 		if k.round != b.round {
-			delete(b.procs, pid)
+			b.drop(pid)
 		}
 	}
 	return list, nil
@@ -41,18 +65,21 @@ func (b *backend) List(ctx context.Context) ([]target.Info, error) {
 // refresh looks at one process and returns nil if it is none of ours to tell
 // of: gone, a kernel thread, or dead and not yet reaped.
 func (b *backend) refresh(pid int) *known {
-	var path [32]byte
+	var path [48]byte
 	var s stat
-	if !b.quickStat(strconv.AppendInt(path[:0], int64(pid), 10), &s) || s.flags&kernelThread != 0 {
+	name := strconv.AppendInt(path[:0], int64(pid), 10)
+	if !b.statOf(pid, name, &s) || s.flags&kernelThread != 0 || s.dead() && s.threads < 2 {
 		return nil
 	}
 	k := b.procs[pid]
-	if k != nil && !s.dead() && unchanged(&k.stat, &s) {
-		k.round = b.round
-		return k
-	}
-	if s.dead() && s.threads < 2 {
-		return nil
+	if k != nil && !s.dead() && sameProgram(&k.stat, &s) {
+		if s.vsize == k.stat.vsize && (s.faults == k.stat.faults || !b.turn(pid)) {
+			return k
+		}
+		if sum, ok := b.sumMaps(name); ok && sum == k.sum {
+			k.stat = s
+			return k
+		}
 	}
 	dir, err := openDir(b.proc, strconv.Itoa(pid))
 	if err != nil {
@@ -63,38 +90,134 @@ func (b *backend) refresh(pid int) *known {
 	if err != nil || l.stat.vsize == 0 {
 		return nil
 	}
-	if k != nil && l.sub != "" && unchanged(&k.stat, &l.stat) {
-		k.round = b.round
-		return k
+	if k != nil && l.sub != "" && sameProgram(&k.stat, &l.stat) && k.stat.vsize == l.stat.vsize {
+		return k // with a dead main thread, seen through another one
 	}
-	k = &known{stat: l.stat, info: b.desc.describe(dir, &l), round: b.round}
+	b.drop(pid)
+	k = &known{stat: l.stat, info: b.desc.describe(dir, &l), file: b.keep(dir, "stat")}
+	k.sum, _ = b.sumMaps(append(name, l.via()...))
+	k.info.Guards = slices.Clip(k.info.Guards)
 	b.changes++
 	k.info.Change = b.changes
 	b.procs[pid] = k
 	return k
 }
 
-func unchanged(a, b *stat) bool {
-	return a.start == b.start && a.startStack == b.startStack && a.startCode == b.startCode && a.vsize == b.vsize
+// turn tells whether a process that took page faults is looked at this time.
+func (b *backend) turn(pid int) bool {
+	b.waiting++
+	return (uint64(pid)+b.round)%uint64(b.turns) == 0
+}
+
+func sameProgram(a, b *stat) bool {
+	return a.start == b.start && a.startStack == b.startStack && a.startCode == b.startCode
 }
 
 // quickStat reads /proc/PID/stat with three system calls and no allocation.
 func (b *backend) quickStat(name []byte, s *stat) bool {
-	name = append(name, "/stat\x00"...)
-	fd, e := openat(b.proc, name)
+	fd, e := openat(b.proc, append(name, "/stat\x00"...))
 	if e != 0 {
 		return false
 	}
-	var buf [1024]byte
-	n, err := unix.Read(fd, buf[:])
+	ok := readStat(fd, s)
 	unix.Close(fd)
+	return ok
+}
+
+func readStat(fd int, s *stat) bool {
+	var buf [1024]byte
+	n, err := unix.Pread(fd, buf[:], 0)
 	return err == nil && parseStat(buf[:n], s)
 }
+
+// statOf reads the stat file of a process, through the descriptor that was kept
+// if there is one. Of a kernel thread it says from memory what it is, but looks
+// again from time to time: a thread may go from the kernel to a program.
+func (b *backend) statOf(pid int, name []byte, s *stat) bool {
+	k := b.procs[pid]
+	if k != nil && k.file >= 0 {
+		if k.kernel && (uint64(pid)+b.round)%kernelRounds != 0 {
+			var comm [32]byte
+			if _, err := unix.Pread(k.file, comm[:], 0); err == nil {
+				s.flags = kernelThread
+				return true
+			}
+		} else if !k.kernel && readStat(k.file, s) {
+			return true
+		}
+		b.drop(pid) // it is over, and its pid may have been given to another
+	}
+	if !b.quickStat(name, s) {
+		return false
+	}
+	if s.flags&kernelThread != 0 && b.kept < b.mayKeep {
+		if dir, err := openDir(b.proc, string(name)); err == nil {
+			// Nothing is cheaper to read, and it fails when the thread is over.
+			b.procs[pid] = &known{kernel: true, file: b.keep(dir, "comm"), round: b.round}
+			dir.close()
+		}
+	}
+	return true
+}
+
+// kernelRounds is after how many Lists a kernel thread is looked at anew.
+const kernelRounds = 16
+
+// keep opens a file of a process for the next time, -1 if there are enough
+// open. It stays that process's, whoever gets its pid.
+func (b *backend) keep(dir procDir, name string) int {
+	if b.kept >= b.mayKeep {
+		return -1
+	}
+	fd, err := dir.open(name, unix.O_RDONLY)
+	if err != nil {
+		return -1
+	}
+	b.kept++
+	return fd
+}
+
+// drop forgets a process.
+func (b *backend) drop(pid int) {
+	if k := b.procs[pid]; k != nil {
+		if k.file >= 0 {
+			unix.Close(k.file)
+			b.kept--
+		}
+		delete(b.procs, pid)
+	}
+}
+
+// sumMaps digests the lines of a maps file that tell of files or of code.
+func (b *backend) sumMaps(name []byte) (uint64, bool) {
+	fd, e := openat(b.proc, append(name, "/maps\x00"...))
+	if e != 0 {
+		return 0, false
+	}
+	var err error
+	b.mapbuf, err = readAll(fd, b.mapbuf, mapsLimit)
+	unix.Close(fd)
+	if err != nil || len(b.mapbuf) == 0 {
+		return 0, false
+	}
+	var h maphash.Hash
+	h.SetSeed(b.seed)
+	for rest := b.mapbuf; len(rest) > 0; {
+		line, next, _ := bytes.Cut(rest, newline)
+		if bytes.IndexByte(line, '/') >= 0 || bytes.Contains(line, executable) {
+			h.Write(line)
+		}
+		rest = next
+	}
+	return h.Sum64(), true
+}
+
+var newline, executable = []byte("\n"), []byte("xp ")
 
 // forget makes the next List look anew at a process that turned out to be in
 // another life than List said.
 func (b *backend) forget(pid int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	delete(b.procs, pid)
+	b.drop(pid)
 }

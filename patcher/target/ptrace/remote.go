@@ -510,7 +510,10 @@ func (m *injection) room(t *held, c *threadContext) (uint64, error) {
 	if own == nil || own.Prot&(target.Read|target.Write) != target.Read|target.Write || own.Shared {
 		return 0, unfit("its stack pointer is in no writable memory")
 	}
-	if own.Kind == target.Stack || m.guarded(own) {
+	if own.Kind == target.Stack && t.tid == m.p.life.id.PID || m.ownStack(own, &c.regs) {
+		if err := m.notNested(own, sp); err != nil {
+			return 0, err
+		}
 		if top := sp - redZone; top-uint64(own.Start) > need {
 			return top, nil
 		}
@@ -532,15 +535,45 @@ func (m *injection) room(t *held, c *threadContext) (uint64, error) {
 	return 0, unfit("it runs on a stack that the system does not know")
 }
 
-// guarded tells a thread's stack, which has an inaccessible page below it, from
-// a piece of heap that a program's own scheduler uses as a stack: there, what
-// lies below may be somebody else's.
-func (m *injection) guarded(r *target.Region) bool {
-	if r.Kind != target.Private {
+// ownStack tells a thread's stack, below whose pointer nothing is anybody's,
+// from a piece of memory that a program's own scheduler uses as a stack: there,
+// what lies below may be another stack or live data, and the frame would
+// destroy it. An inaccessible page below a mapping proves nothing: an arena of
+// a garbage collector may have one. What proves it is the thread's control
+// block: the C libraries put it at the top of the stack they made for the
+// thread, and %fs:0 holds its own address (x86-64 psABI, TLS variant II).
+func (m *injection) ownStack(r *target.Region, regs *unix.PtraceRegs) bool {
+	fs := target.Addr(regs.Fs_base)
+	if r.Kind != target.Private || fs <= target.Addr(regs.Rsp) || fs < r.Start || fs >= r.End-16 {
 		return false
 	}
 	below := regionAt(m.regions, r.Start-1)
-	return below != nil && below.Prot == 0 && below.Kind == target.Private
+	if below == nil || below.Prot != 0 || below.Kind != target.Private {
+		return false
+	}
+	var self [8]byte
+	if _, err := m.p.ReadAt(self[:], fs); err != nil {
+		return false
+	}
+	return target.Addr(binary.LittleEndian.Uint64(self[:])) == fs
+}
+
+// nestedScan is how far above the stack pointer signal frames are looked for, bytes.
+const nestedScan = 256 << 10
+
+// notNested refuses a thread that handles a signal on an alternate stack which
+// lies inside its own: below the pointer stand the frames it interrupted.
+func (m *injection) notNested(own *target.Region, sp uint64) error {
+	b := make([]byte, min(uint64(own.End)-sp, nestedScan))
+	if _, err := m.p.ReadAt(b, target.Addr(sp)); err != nil {
+		return unfit("its stack cannot be read")
+	}
+	for _, was := range interrupted(m.p.trampolines.sigreturn, b, target.Addr(sp)) {
+		if was >= own.Start && was < target.Addr(sp) {
+			return unfit("it handles a signal on a stack inside its own")
+		}
+	}
+	return nil
 }
 
 func (m *injection) write(t *held, b []byte, at uint64) error {

@@ -29,7 +29,7 @@ func (p *process) sharer() int {
 	var path [32]byte
 	for _, pid := range b.pids {
 		var s stat
-		if pid == p.life.id.PID || !b.quickStat(strconv.AppendInt(path[:0], int64(pid), 10), &s) {
+		if pid == p.life.id.PID || !b.statOf(pid, strconv.AppendInt(path[:0], int64(pid), 10), &s) {
 			continue
 		}
 		// A vfork child maps and unmaps for both, so the sizes differ only for

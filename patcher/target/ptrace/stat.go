@@ -13,7 +13,7 @@ type stat struct {
 	state      byte
 	ppid       int
 	flags      uint64
-	minflt     uint64 // page faults that needed no I/O, of all threads
+	faults     uint64 // page faults of all threads, with and without I/O
 	threads    int
 	start      uint64 // clock ticks after boot
 	vsize      uint64 // bytes mapped
@@ -24,6 +24,7 @@ type stat struct {
 // parseStat reads the fields by number. The second field is a name that may
 // hold blanks and parentheses: the fields begin behind the last ')'.
 func parseStat(b []byte, s *stat) bool {
+	*s = stat{}
 	end := bytes.LastIndexByte(b, ')')
 	if end < 0 || end+2 >= len(b) {
 		return false
@@ -46,8 +47,8 @@ func parseStat(b []byte, s *stat) bool {
 			s.ppid = int(n)
 		case 9:
 			s.flags = n
-		case 10:
-			s.minflt = n
+		case 10, 12:
+			s.faults += n
 		case 20:
 			s.threads = int(n)
 		case 22:
