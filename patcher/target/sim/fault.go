@@ -42,6 +42,7 @@ type Effect string
 
 // The effects. Unless said otherwise the operation itself then has no effect
 // and fails; "before" means the operation goes on in the world as changed.
+// Effects on bytes make operations that carry none fail with ErrFault.
 const (
 	Fail     Effect = "fail"      // the operation fails with ErrFault (a thaw that fails holds on)
 	Deny     Effect = "deny"      // ErrDenied
@@ -162,7 +163,7 @@ func (m *Machine) step(op Op, pid int) *Fault {
 // returns the error with which the operation ends, nil if it goes on.
 func (m *Machine) strike(f *Fault, p *process) error {
 	switch f.Do {
-	case Fail:
+	case Fail, Short, Torn, LieRead, LieWrite:
 		return ErrFault
 	case Deny:
 		return target.ErrDenied

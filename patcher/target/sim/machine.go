@@ -176,10 +176,8 @@ func (m *Machine) beginBytes(op Op, p *process) (*Fault, error) {
 		return nil, nil
 	}
 	switch f.Do {
-	case Short, Torn, LieRead, LieWrite:
-		return f, nil
-	case Die:
-		if op == OpWrite {
+	case Short, Torn, LieRead, LieWrite, Die:
+		if ofBytes[op][f.Do] {
 			return f, nil
 		}
 	case Hook:
@@ -197,6 +195,14 @@ func (m *Machine) beginBytes(op Op, p *process) (*Fault, error) {
 		return nil, err
 	}
 	return nil, nil
+}
+
+// ofBytes are the effects that the operation itself carries out; elsewhere they
+// are plain failures, and a death before it.
+var ofBytes = map[Op]map[Effect]bool{
+	OpRead:  {Short: true, LieRead: true},
+	OpWrite: {Short: true, Torn: true, LieWrite: true, Die: true},
+	OpFlush: {LieWrite: true},
 }
 
 // Ops counts the operations asked of this machine so far, those that failed too.

@@ -59,6 +59,9 @@ func (p *process) describe() target.Info {
 	return i
 }
 
+// defaultExe is the native program of processes whose scene names none.
+const defaultExe = "/usr/bin/pe-host"
+
 // base is a path's last element, whichever way its slashes go.
 func base(s string) string { return path.Base(strings.ReplaceAll(s, `\`, "/")) }
 
@@ -115,7 +118,7 @@ func (m *Machine) create(s Process, pid int) (*process, error) {
 		}
 	}
 	if p.info.Exe == "" {
-		p.info.Exe = p.info.Image
+		p.info.Exe = defaultExe
 	}
 	p.info.Host = base(p.info.Exe)
 	for _, x := range list {

@@ -39,7 +39,7 @@ type Scene struct {
 // Process describes a process to be started.
 type Process struct {
 	PID     int         `toml:"pid"`   // 0: the next free one
-	Exe     string      `toml:"exe"`   // path of the native executable; by default that of Image
+	Exe     string      `toml:"exe"`   // path of the native executable; default /usr/bin/pe-host
 	Image   string      `toml:"image"` // PE file of the main program, relative to the scene; "" for none
 	User    string      `toml:"user"`  // default "root"
 	UID     int         `toml:"uid"`
