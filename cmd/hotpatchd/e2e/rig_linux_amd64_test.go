@@ -116,7 +116,7 @@ func (d *device) write(name, text string) {
 // policy replaces the policy file as an editor does, by rename.
 func (d *device) policy(lines string) {
 	d.t.Helper()
-	d.write("policy.new", "format = \"hotpatchd-policy/1\"\nenrolled = true\nallow_hotpatch = true\nwaive = [\"rights\"]\n"+lines)
+	d.write("policy.new", "format = \"hotpatchd-policy/1\"\nenrolled = true\nallow_hotpatch = true\n"+lines)
 	if err := os.Rename(d.path("policy.new"), d.path("policy.toml")); err != nil {
 		d.t.Fatal(err)
 	}
