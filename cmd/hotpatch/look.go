@@ -61,7 +61,7 @@ func (s *session) statusCommand() *cobra.Command {
 			}
 			var open *control.Processes
 			if !s.jsonOut && st.Coverage.Open()+st.Coverage.OtherBuild > 0 {
-				if open, err = s.client.Processes(c.Context(), control.ProcessQuery{Vulnerable: true}); err != nil {
+				if open, err = s.client.Processes(c.Context(), control.ProcessQuery{Vulnerable: st.Coverage.OtherBuild == 0}); err != nil {
 					return err
 				}
 			}

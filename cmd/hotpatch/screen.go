@@ -126,32 +126,21 @@ func shorten(s string, n int) string {
 	return string(r[:n-1-tail]) + "…" + string(r[len(r)-tail:])
 }
 
-// column is one of a table: its title and how wide it may grow.
+// column is one of a table: its title, how wide it may grow, and how far it
+// gives way when the screen is too narrow (0: never).
 type column struct {
 	title string
 	limit int
+	least int
 }
+
+// lastColumn is how many columns the last one of a table keeps, if the others can give way.
+const lastColumn = 30
 
 // table prints rows in columns; the last one wraps in what is left. An empty
 // row is a blank line. colour paints the first cell.
 func (p *page) table(s *screen, cols []column, rows [][]string, colour func(string) string) {
-	widths := make([]int, len(cols))
-	for i, c := range cols {
-		widths[i] = utf8.RuneCountInString(c.title)
-	}
-	for _, row := range rows {
-		for i := range row {
-			row[i] = clean(row[i])
-			if i < len(cols)-1 {
-				row[i] = shorten(row[i], cols[i].limit)
-				widths[i] = max(widths[i], utf8.RuneCountInString(row[i]))
-			}
-		}
-	}
-	indent := 0
-	for _, w := range widths[:len(cols)-1] {
-		indent += w + 2
-	}
+	widths, indent := columnWidths(cols, rows)
 	head := ""
 	for i, c := range cols {
 		head += pad(c.title, widths[i]+2)
@@ -164,13 +153,14 @@ func (p *page) table(s *screen, cols []column, rows [][]string, colour func(stri
 			p.blank()
 			continue
 		}
-		for n, text := range wrap(row[len(row)-1], max(width-indent, 24)) {
+		for n, text := range wrap(clean(row[len(row)-1]), width-indent) {
 			if n > 0 {
 				p.line("%s%s", pad("", indent), text)
 				continue
 			}
 			line := ""
 			for i, cell := range row[:len(row)-1] {
+				cell = shorten(clean(cell), widths[i])
 				padded := pad(cell, widths[i]+2)
 				if i == 0 && colour != nil {
 					padded = s.paint(colour(cell), cell) + padded[len(cell):]
@@ -179,6 +169,35 @@ func (p *page) table(s *screen, cols []column, rows [][]string, colour func(stri
 			}
 			p.line("%s%s", line, text)
 		}
+	}
+}
+
+// columnWidths fits the columns to their cells and the screen: the widest give
+// way first, titles never. indent is where the last column begins.
+func columnWidths(cols []column, rows [][]string) (widths []int, indent int) {
+	widths = make([]int, len(cols))
+	for i, c := range cols {
+		widths[i] = utf8.RuneCountInString(c.title)
+		for _, row := range rows {
+			if i < len(row)-1 {
+				widths[i] = max(widths[i], min(utf8.RuneCountInString(clean(row[i])), c.limit))
+			}
+		}
+	}
+	for {
+		indent = 0
+		widest := -1
+		for i, w := range widths[:len(cols)-1] {
+			indent += w + 2
+			gives := cols[i].least > 0 && w > max(cols[i].least, utf8.RuneCountInString(cols[i].title))
+			if gives && (widest < 0 || w > widths[widest]) {
+				widest = i
+			}
+		}
+		if indent <= width-lastColumn || widest < 0 {
+			return widths, indent
+		}
+		widths[widest]--
 	}
 }
 

@@ -132,7 +132,7 @@ func (s *screen) unreached(p *page, c *control.Change) {
 	if len(rows) == 0 {
 		return
 	}
-	p.table(s, []column{{"", 0}, {"", 12}, {"", 36}, {"", 0}}, rows, nil)
+	p.table(s, []column{{}, {limit: 12}, {limit: 36, least: 20}, {}}, rows, nil)
 	if n > maxListed {
 		p.line("  and %d more", n-maxListed)
 	}

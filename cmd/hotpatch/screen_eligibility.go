@@ -68,7 +68,7 @@ func (s *screen) eligibility(d *control.Eligibility, all bool) string {
 		rows = append(rows, []string{word, c.ID, text})
 	}
 	if len(rows) > 0 {
-		p.table(s, []column{{"", 16}, {"", 12}, {"", 0}}, rows, func(w string) string {
+		p.table(s, []column{{limit: 16}, {limit: 12}, {}}, rows, func(w string) string {
 			if w == "pass" {
 				return good
 			}

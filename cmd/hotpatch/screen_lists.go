@@ -45,7 +45,7 @@ func (s *screen) offers(d *control.Offers) string {
 	}
 	p.line("%d of %s %s this device.", fit, many(len(d.Releases), "release"), verb(fit, "fits", "fit"))
 	p.blank()
-	p.table(s, []column{{"", 10}, {"RELEASE", 24}, {"PRODUCT", 16}, {"SEQ", 6}, {"MONTH", 8}, {"SEVERITY", 10}, {"WHY OR WHAT", 0}}, rows, func(w string) string {
+	p.table(s, []column{{"", 10, 0}, {"RELEASE", 24, 14}, {"PRODUCT", 16, 8}, {"SEQ", 6, 0}, {"MONTH", 8, 0}, {"SEVERITY", 10, 0}, {title: "WHY OR WHAT"}}, rows, func(w string) string {
 		switch w {
 		case "in force", "fits":
 			return good
@@ -99,7 +99,7 @@ func (s *screen) verify(d *control.Verify) string {
 	}
 	if len(d.Mismatches) > 0 {
 		p.blank()
-		p.line("Somebody else has written there, or the record is old. hotpatch processes --pid PID; restart the process.")
+		p.line("Somebody else has written there. hotpatch explain PID ADDRESS; a restart of the process mends it.")
 	}
 	return p.String()
 }
@@ -136,7 +136,7 @@ func (s *screen) history(d *control.History) string {
 		}
 		rows = append(rows, []string{s.date(e.Time, d.Generated), e.Caller.User, e.Action, e.Release, what})
 	}
-	p.table(s, []column{{"WHEN", 18}, {"WHO", 14}, {"ACTION", 14}, {"RELEASE", 24}, {"WHAT", 0}}, rows, nil)
+	p.table(s, []column{{"WHEN", 18, 0}, {"WHO", 14, 8}, {"ACTION", 14, 8}, {"RELEASE", 24, 14}, {title: "WHAT"}}, rows, nil)
 	return p.String()
 }
 

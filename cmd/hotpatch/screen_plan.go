@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"hotpatchd/agent/control"
 )
@@ -32,10 +33,11 @@ func (s *screen) plan(d *control.Plan, pid int) string {
 	slices.SortStableFunc(rows, func(a, b []string) int {
 		return rank(control.ImageState(a[0])) - rank(control.ImageState(b[0]))
 	})
-	p.table(s, []column{{"EXPECTED", 12}, {"IMAGE", 20}, {"PROCESS", 24}, {"PID", 10}, {"FUNCTIONS", 30}, {"WHY", 0}}, rows, stateColour)
+	p.table(s, []column{{"EXPECTED", 12, 0}, {"IMAGE", 20, 9}, {"PROCESS", 24, 12}, {"PID", 10, 0}, {"FUNCTIONS", 30, 10}, {title: "WHY"}}, rows, stateColour)
 	p.blank()
 	p.line("Totals: %s.", counts(c))
-	p.line("One process byte by byte: hotpatch plan %s --pid PID.  Apply with: hotpatch install %s", clean(d.Release), clean(d.Release))
+	p.line("One process byte by byte: hotpatch plan %s --pid PID", clean(d.Release))
+	p.line("Apply with: hotpatch install %s", clean(d.Release))
 	return p.String()
 }
 
@@ -68,11 +70,12 @@ func (s *screen) planProcess(d *control.Plan, pid int) string {
 		p.verdict(s, good, "PLAN", fmt.Sprintf("%s: process %d has loaded nothing that it fixes. Nothing would be done.", releaseName(d.Release, d.Sequence), pid))
 		return p.String()
 	}
-	refused := false
+	refused, useful := false, false
 	for _, x := range d.Processes {
 		for _, i := range x.Images {
 			s.planHead(p, d, x, i)
 			s.planFacts(p, x, i)
+			useful = useful || isWell(i.State) && len(i.Functions) > 0
 			if i.Refused != nil {
 				refused = true
 				p.blank()
@@ -82,9 +85,10 @@ func (s *screen) planProcess(d *control.Plan, pid int) string {
 			s.sites(p, i)
 		}
 	}
-	if !refused {
+	switch {
+	case useful:
 		p.line("Apply with: hotpatch install %s", clean(d.Release))
-	} else {
+	case refused:
 		p.line("What can be done about it: hotpatch processes --pid %d", pid)
 	}
 	return p.String()
@@ -131,7 +135,11 @@ func (s *screen) planFacts(p *page, x control.PlannedProcess, i control.PlannedI
 		names = append(names, n)
 	}
 	if len(names) > 0 {
-		p.field("functions", planColumn, strings.Join(names, ", ")+": as expected in memory")
+		text := strings.Join(names, ", ")
+		if i.Refused == nil {
+			text += ": as expected in memory"
+		}
+		p.field("functions", planColumn, text)
 	}
 	if i.Replaces != "" {
 		p.field("replaces", planColumn, i.Replaces)
@@ -225,19 +233,27 @@ func (s *screen) site(p *page, w control.Site, last int) {
 	if w.Kind != "" {
 		note = w.Kind + ", " + note
 	}
-	address := w.Address
-	for n := range max(len(old), len(next), len(w.OldText), len(w.NewText)) {
+	texts := slices.Clone(w.NewText)
+	if len(texts) == 0 {
+		texts = []string{""}
+	}
+	if len(texts) > 1 || utf8.RuneCountInString(texts[0])+2+len(note) > siteText {
+		texts = append(texts, note)
+	} else {
+		texts[0] = strings.TrimSpace(texts[0] + "  " + note)
+	}
+	for n := range max(len(old), len(next), len(w.OldText), len(texts)) {
 		place := ""
 		if n == 0 {
-			place = address.String()
+			place = w.Address.String()
 		}
-		text := pick(w.NewText, n)
-		if n == 0 {
-			text = strings.TrimPrefix(text+"   ; "+note, "   ")
-		}
-		p.line("  %s  %s%s%s  %s%s", pad(place, 12), pad(pick(old, n), 18), pad(shorten(clean(pick(w.OldText, n)), 20), 20), arrow(n), pad(pick(next, n), 18), clean(text))
+		p.line("  %s  %s%s%s %s%s", pad(place, 12), pad(pick(old, n), 16), pad(shorten(clean(pick(w.OldText, n)), 18), 19), arrow(n),
+			pad(pick(next, n), 16), shorten(clean(pick(texts, n)), siteText))
 	}
 }
+
+// siteText is how many columns are left for what the new bytes mean.
+const siteText = width - 2 - 12 - 2 - 16 - 19 - 3 - 16
 
 func arrow(n int) string {
 	if n == 0 {

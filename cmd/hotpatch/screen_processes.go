@@ -34,7 +34,7 @@ func (s *screen) processes(d *control.Processes, q control.ProcessQuery, each bo
 	rows = append(rows, well...)
 	if len(rows) > 0 {
 		p.blank()
-		cols := []column{{"STATE", 12}, {"IMAGE", 20}, {"PROCESS", 28}, {"PID", 10}, {"USER", 14}, {"WHERE", 20}, {"WHY", 0}}
+		cols := []column{{"STATE", 12, 0}, {"IMAGE", 20, 9}, {"PROCESS", 28, 16}, {"PID", 10, 0}, {"USER", 14, 8}, {"WHERE", 20, 12}, {title: "WHY"}}
 		rows, cols = dropEmpty(rows, cols, 5)
 		p.table(s, cols, rows, stateColour)
 	}

@@ -120,7 +120,7 @@ func (s *screen) sentence(st *control.Status) (colour, text string) {
 		}
 		return fair, text
 	case control.RestartRequired:
-		return fair, "Only a restart of the device ends what is open." + openPart(open, c.Images)
+		return fair, "Only a restart of the device ends what is open; hotpatchd does not do that by itself." + openPart(open, c.Images)
 	case control.Incomplete:
 		return bad, fmt.Sprintf("%d of %s still %s vulnerable code.%s", open, many(c.Images, "image"), verb(open, "runs", "run"), restart)
 	case control.Pending:
@@ -196,7 +196,7 @@ func (s *screen) openRows(p *page, rows []exception, st *control.Status) {
 		cells = append(cells, []string{"", string(r.image.State), fmt.Sprintf("%s %d, %s", program(r.process.Exe), r.process.PID, r.image.Name), s.why(r.image, st.Generated)})
 	}
 	if len(cells) > 0 {
-		p.table(s, []column{{"", 0}, {"", 12}, {"", 36}, {"", 0}}, cells, nil)
+		p.table(s, []column{{}, {limit: 12}, {limit: 36, least: 20}, {}}, cells, nil)
 	}
 	if n := len(rows) - maxListed; n > 0 {
 		p.line("  and %d more: hotpatch processes --vulnerable", n)
@@ -325,11 +325,11 @@ func (s *screen) next(st *control.Status) string {
 
 // remedies are what ends an open image, as a person would do it.
 var remedies = map[control.Remedy]string{
-	control.RemedyWait:           "nothing: it is tried again by itself; a restart of the process ends it too",
+	control.RemedyWait:           "nothing: tried again by itself; a restart of the process ends it too",
 	control.RemedyRestartProcess: "restart the process",
 	control.RemedyRestartDevice:  "restart the device",
 	control.RemedyBaseline:       "install the baseline, with one restart",
-	control.RemedyPolicy:         "change the policy, or accept that it stays open until the next baseline",
+	control.RemedyPolicy:         "change the policy, or accept it until the next baseline",
 	control.RemedyAuthor:         "ask the author of the release for one that fits",
 }
 
@@ -386,12 +386,16 @@ func nextCommand(st *control.Status) string {
 		return "hotpatch eligibility"
 	case st.State == control.Held && len(st.Holds) > 0:
 		return "hotpatch install " + st.Holds[0].ID
-	case st.State == control.Unknown:
+	case st.State == control.Unknown && st.Repository.LastCheck.IsZero():
 		return "hotpatch check"
+	case st.State == control.Unknown:
+		return "hotpatch wait --for settled"
 	case st.State == control.BaselineRequired:
 		return "hotpatch list"
-	case st.Coverage.Open()+st.Coverage.OtherBuild > 0:
+	case st.Coverage.Open() > 0:
 		return "hotpatch processes --vulnerable"
+	case st.Coverage.OtherBuild > 0:
+		return "hotpatch processes"
 	}
 	return ""
 }

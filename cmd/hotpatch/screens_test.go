@@ -1,0 +1,197 @@
+package main
+
+import (
+	"flag"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+	"unicode/utf8"
+
+	"hotpatchd/agent/control"
+)
+
+var update = flag.Bool("update", false, "write the golden screens anew; read the difference before you keep it")
+
+// screens are the documents and what they must look like, in testdata/screens.
+func screens() map[string]string {
+	s := newScreen(false, time.UTC)
+	all := map[string]string{}
+
+	all["status-well"] = s.status(wellStatus(), nil)
+	all["status-open"] = s.status(openStatus(), openProcesses())
+	hidden := openProcesses()
+	hidden.Processes = hidden.Processes[:1]
+	all["status-open-stranger"] = s.status(openStatus(), hidden)
+	none := openProcesses()
+	none.Processes = nil
+	all["status-open-nothing-visible"] = s.status(openStatus(), none)
+
+	first := &control.Status{Header: header(control.FormatStatus), State: control.Unknown, Device: wellStatus().Device,
+		Repository: control.Repository{URL: "https://patches.example.com", Error: &control.RepositoryError{Code: "captive-portal",
+			Text: "a web page came back instead of timestamp.json (captive portal or proxy login); applied fixes stay", Since: ago(40 * time.Second)}},
+		Attention: []control.Attention{{Code: "clock", Severity: control.SeverityWarning, Text: "this clock is 2 h 10 min behind the server", Remedy: "set the clock; applied fixes stay"}}}
+	all["status-unknown"] = s.status(first, nil)
+	scan := wellStatus()
+	scan.State, scan.Scanned, scan.Coverage = control.Unknown, control.Time{}, control.Coverage{}
+	all["status-first-scan"] = s.status(scan, nil)
+
+	ineligible := wellStatus()
+	ineligible.State, ineligible.Eligible, ineligible.Fails, ineligible.Waived = control.Ineligible, false, []string{"vbs", "chpe"}, nil
+	all["status-ineligible"] = s.status(ineligible, nil)
+	held := wellStatus()
+	held.State, held.Releases, held.Release = control.Held, nil, nil
+	held.Coverage = coverage(map[control.ImageState]int{control.Unpatched: 41}, 38)
+	held.Holds = []control.Hold{{ID: "ACME-2026-11", By: "alice", Since: ago(time.Hour), Reason: "it eats memory", CVEs: []string{"CVE-2026-10142"}}}
+	held.Paused = true
+	all["status-held"] = s.status(held, nil)
+	tornP := openProcesses()
+	tornP.Processes[0].Images[0].State, tornP.Processes[0].Images[0].Remedy = control.Torn, control.RemedyRestartProcess
+	tornS := openStatus()
+	tornS.Coverage.Busy, tornS.Coverage.Torn = 0, 1
+	tornS.Attention = []control.Attention{{Code: "torn", Severity: "error", Text: "said above"}}
+	all["status-torn"] = s.status(tornS, tornP)
+	other := wellStatus()
+	other.Coverage = coverage(map[control.ImageState]int{control.Patched: 39, control.OtherBuild: 2}, 38)
+	all["status-other-build"] = s.status(other, nil)
+	up := wellStatus()
+	up.State, up.Coverage, up.Releases, up.Release = control.UpToDate, control.Coverage{}, nil, nil
+	all["status-up-to-date"] = s.status(up, nil)
+	expired := wellStatus()
+	expired.State, expired.Repository.Expires, expired.RestartRequired = control.RestartRequired, ago(3*days), true
+	all["status-restart"] = s.status(expired, nil)
+	all["check"] = s.checked(wellStatus())
+
+	all["eligibility-no"] = s.eligibility(eligibilityDoc(), false)
+	all["eligibility-yes"] = s.eligibility(eligibleDoc(), true)
+	all["list"] = s.offers(offersDoc())
+	all["list-empty"] = s.offers(&control.Offers{})
+
+	all["processes"] = s.processes(manyProcesses(), control.ProcessQuery{}, false)
+	all["processes-each"] = s.processes(manyProcesses(), control.ProcessQuery{}, true)
+	all["processes-vulnerable"] = s.processes(openProcesses(), control.ProcessQuery{Vulnerable: true}, false)
+	all["processes-none"] = s.processes(&control.Processes{Scanned: ago(0), Others: 212}, control.ProcessQuery{}, false)
+	all["processes-first-scan"] = s.processes(&control.Processes{}, control.ProcessQuery{}, false)
+	all["processes-pid"] = s.processes(oneProcess(), control.ProcessQuery{PID: 2216}, false)
+	all["processes-pid-nothing"] = s.processes(&control.Processes{Scanned: ago(0)}, control.ProcessQuery{PID: 7}, false)
+
+	all["plan"] = s.plan(planDoc(), 0)
+	all["plan-pid"] = s.plan(planOf(0), 2216)
+	all["plan-pid-blocked"] = s.plan(planOf(1), 880)
+	all["plan-pid-other-build"] = s.plan(planOf(2), 30112)
+	all["plan-pid-refused"] = s.plan(refusedPlan(), 2216)
+	all["plan-nothing"] = s.plan(&control.Plan{Release: "ACME-2026-11", Sequence: 2}, 0)
+	all["plan-pid-nothing"] = s.plan(&control.Plan{Release: "ACME-2026-11", Sequence: 2}, 7)
+
+	all["install"] = s.change(change("install", true, control.Patched, control.Patched))
+	all["install-incomplete"] = s.change(change("install", true, control.Patched, control.Busy))
+	all["install-already"] = s.change(change("install", false, control.Patched))
+	lifted := change("install", true)
+	lifted.Lifted, lifted.Verified = true, "signed by 2 of 3 targets keys, fresh until 29 Nov"
+	all["install-nothing-runs"] = s.change(lifted)
+	all["rollback"] = s.change(rolledBack())
+	gone := change("rollback", true, control.Unpatched)
+	all["rollback-to-nothing"] = s.change(gone)
+	all["rollback-incomplete"] = s.change(change("rollback", true, control.Busy, control.Unpatched))
+	all["rollback-already"] = s.change(change("rollback", false))
+	paused := change("pause", true)
+	paused.Text = "paused: nothing new is applied, what is applied stays"
+	all["pause"] = s.change(paused)
+	all["hold-already"] = s.change(change("hold", false))
+
+	all["verify-good"] = s.verify(&control.Verify{OK: true, Processes: 38, Images: 41, Sites: 82})
+	all["verify-nothing"] = s.verify(&control.Verify{OK: true})
+	all["verify-bad"] = s.verify(verifyBad())
+	all["history"] = s.history(historyDoc())
+	all["history-empty"] = s.history(&control.History{})
+	broken := historyDoc()
+	broken.Broken = "history entry 2 was changed: its hash does not match"
+	all["history-broken"] = s.history(broken)
+	all["explain"] = s.explain(explainDoc())
+	return all
+}
+
+func TestScreens(t *testing.T) {
+	all := screens()
+	for name, got := range all {
+		file := filepath.Join("testdata", "screens", name+".txt")
+		if *update {
+			if err := os.WriteFile(file, []byte(got), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		want, err := os.ReadFile(file)
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		if got != string(want) {
+			t.Errorf("%s:\n--- got\n%s--- want\n%s", name, got, want)
+		}
+		for _, line := range strings.Split(got, "\n") {
+			if n := utf8.RuneCountInString(line); n > width {
+				t.Errorf("%s: a line of %d columns: %s", name, n, line)
+			}
+			if strings.TrimRight(line, " ") != line {
+				t.Errorf("%s: blanks at the end of %q", name, line)
+			}
+		}
+		for _, r := range got {
+			if r != '\n' && (r < ' ' || r == 0x7f || r == 0x202e) {
+				t.Errorf("%s: the character %q reaches the terminal", name, r)
+			}
+		}
+	}
+	files, _ := filepath.Glob("testdata/screens/*.txt")
+	for _, f := range files {
+		if _, ok := all[strings.TrimSuffix(filepath.Base(f), ".txt")]; !ok {
+			t.Errorf("%s belongs to no screen", f)
+		}
+	}
+}
+
+// TestColourOnlyRepeats: without its colours a coloured screen is the plain one.
+func TestColourOnlyRepeats(t *testing.T) {
+	strip := strings.NewReplacer(good, "", fair, "", bad, "", plain, "")
+	in, out := newScreen(true, time.UTC), newScreen(false, time.UTC)
+	for name, two := range map[string][2]string{
+		"status":      {in.status(openStatus(), openProcesses()), out.status(openStatus(), openProcesses())},
+		"eligibility": {in.eligibility(eligibilityDoc(), true), out.eligibility(eligibilityDoc(), true)},
+		"processes":   {in.processes(manyProcesses(), control.ProcessQuery{}, false), out.processes(manyProcesses(), control.ProcessQuery{}, false)},
+		"plan":        {in.plan(refusedPlan(), 2216), out.plan(refusedPlan(), 2216)},
+		"change":      {in.change(rolledBack()), out.change(rolledBack())},
+	} {
+		if two[0] == two[1] || strip.Replace(two[0]) != two[1] {
+			t.Errorf("%s:\n%q\n%q", name, two[0], two[1])
+		}
+	}
+}
+
+func TestDurations(t *testing.T) {
+	for d, want := range map[time.Duration]string{
+		-time.Second: "0 s", 0: "0 s", 40 * time.Second: "40 s", 250 * time.Second: "4 min 10 s", 3 * time.Minute: "3 min",
+		2*time.Hour + 10*time.Minute: "2 h 10 min", 24 * time.Hour: "1 day", 26 * time.Hour: "1 day 2 h", 11*days + 5*time.Hour: "11 days",
+	} {
+		if got := duration(d); got != want {
+			t.Errorf("%v: %q, want %q", d, got, want)
+		}
+	}
+}
+
+func TestShortenAndWrap(t *testing.T) {
+	if got := shorten(`C:\srv\a folder with a very long name\feed.exe`, 28); got != `C:\srv\a …long name\feed.exe` || utf8.RuneCountInString(got) > 28 {
+		t.Errorf("%q", got)
+	}
+	for _, in := range []string{"", "one", "one two  three", strings.Repeat("word ", 60), strings.Repeat("x", 300) + " y"} {
+		lines := wrap(in, 40)
+		if strings.Join(strings.Fields(strings.Join(lines, " ")), " ") != strings.Join(strings.Fields(in), " ") {
+			t.Errorf("wrap(%q) = %q", in, lines)
+		}
+		for _, l := range lines {
+			if len(l) > 40 && strings.Contains(strings.TrimSpace(l), " ") {
+				t.Errorf("%q is too long", l)
+			}
+		}
+	}
+}
