@@ -300,7 +300,7 @@ func TestAddHotPatchRefuses(t *testing.T) {
 		"0x9000: place outside":   func(f *forge, s *HotPatchSpec) { s.Inverse[0].Place = 0x9000 },
 		"0x4100: lies in no":      func(f *forge, s *HotPatchSpec) { s.Inverse[0].Type = HotPatchFunction },
 		"more than 65536 records": func(f *forge, s *HotPatchSpec) { s.Functions = make([]FunctionSpec, MaxHotPatchRecords) },
-		"strip debug sections":    func(f *forge, s *HotPatchSpec) { fill(f, 17) }, // the headers have room for 17
+		"strip debug sections":    func(f *forge, s *HotPatchSpec) { fill(f, 17); clear(f.sects[0].data[:64]) }, // the headers have room for 17
 	} {
 		f := sample()
 		s := HotPatchSpec{Sequence: 1, Machine: MachineAMD64, Functions: []FunctionSpec{function}, Inverse: []HotPatchRecord{absolute}}

@@ -107,6 +107,31 @@ func TestReadRVA(t *testing.T) {
 	}
 }
 
+// A structure may begin in one section and end in the next; VirtualSize 0 means RawSize.
+func TestAdjacentSections(t *testing.T) {
+	f := sample()
+	f.sects = []forged{
+		{".a", 0x1000, 0, ro, make([]byte, 0x1000)},
+		{".b", 0x2000, 0x1000, code, []byte("own.dll\x00\x00\x00second half")}}
+	f.dirs = [16]Directory{}
+	f.dirs[dirExport] = Directory{0x1ff0, 40}
+	put(f.sects[0].data, 0xffc, uint32(0x200a)) // the name
+	b := f.bytes()
+	im := parse(t, b)
+	if n := im.Sections[0].Extent(); n != 0x1000 {
+		t.Errorf("extent 0x%x", n)
+	}
+	for _, im := range []*Image{im, mapped(t, b, 0x10000)} {
+		if got := must(im.ExportName())(t); got != "second half" {
+			t.Errorf("name %q", got)
+		}
+	}
+	// A gap between them is no part of anything.
+	f.sects[0].size = 0xff8
+	_, err := parse(t, f.bytes()).ExportName()
+	wantFormat(t, err, "outside headers and sections")
+}
+
 func TestParseRefuses(t *testing.T) {
 	base := sample().bytes()
 	const o, s = forgeOptional, forgeTable

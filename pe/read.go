@@ -109,7 +109,7 @@ func (w *window) bytes(rva uint32, n int) ([]byte, error) {
 	if !ok {
 		return nil, badRVA(w.where, rva, "outside headers and sections")
 	}
-	begin := max(rva&^(pageSize-1), r.begin)
+	begin := rva &^ (pageSize - 1) // headers and sections begin at pages
 	end := min(r.end, begin+windowSize)
 	if end >= rva+uint32(n) && w.load(begin, end-begin) == nil {
 		b, _ := w.have(rva)

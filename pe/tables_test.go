@@ -127,13 +127,17 @@ func TestLoadConfigRefused(t *testing.T) {
 		return func(f *forge) { f.sects[1].data = put(f.sects[1].data, off, values...) }
 	}
 	for says, change := range map[string]func(f *forge){
-		"size 3,":                           at(0x400, uint32(3)),
-		"size 4097,":                        at(0x400, uint32(4097)),
-		"address 0x180009000 outside":       at(0x480, uint64(0x180009000)),
-		"address 0x17fffffff outside":       at(0x480, uint64(0x17fffffff)),
-		"2097153 entries":                   at(0x488, uint64(MaxGuardFunctions+1)),
-		"18446744073709551615 entries":      at(0x488, uint64(1<<64-1)),
-		"1000 entries end outside":          at(0x488, uint64(1000)),
+		"size 3,":                      at(0x400, uint32(3)),
+		"size 4097,":                   at(0x400, uint32(4097)),
+		"address 0x180009000 outside":  at(0x480, uint64(0x180009000)),
+		"address 0x17fffffff outside":  at(0x480, uint64(0x17fffffff)),
+		"2097153 entries":              at(0x488, uint64(MaxGuardFunctions+1)),
+		"18446744073709551615 entries": at(0x488, uint64(1<<64-1)),
+		"1000 entries end outside":     at(0x488, uint64(1000)),
+		"2 entries end outside": func(f *forge) { // though the file has bytes there
+			f.sects[1].size = 0x56b
+			f.dirs[dirDelayImport], f.dirs[dirDebug] = Directory{}, Directory{}
+		},
 		"CFG function table, rva 0x2560: ":  at(0x560, uint32(0x9000)),
 		"EH continuation table, rva 0x2570": at(0x570, uint32(0xffffffff)),
 	} {
