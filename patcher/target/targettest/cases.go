@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"slices"
-	"testing"
 	"time"
 
 	"hotpatchd/patcher/target"
@@ -58,8 +57,8 @@ func (e *env) freeze(p target.Process) target.Frozen {
 	e.Helper()
 	var f target.Frozen
 	e.until("Freeze", func() bool {
-		// The context outlives the helper: its end would thaw.
-		ctx, cancel := context.WithTimeout(context.Background(), Patience)
+		// The context outlives the helper and every wait: its end would thaw.
+		ctx, cancel := context.WithTimeout(context.Background(), 10*e.patience())
 		e.Cleanup(cancel)
 		var err error
 		if f, err = p.Freeze(ctx); err == nil {
@@ -176,14 +175,16 @@ func (e *env) runs(v Victim) {
 // until waits for a condition, at most Patience.
 func (e *env) until(what string, ok func() bool) {
 	e.Helper()
-	until(e.T, what, ok)
-}
-
-func until(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	for end := time.Now().Add(Patience); !ok(); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(e.patience()); !ok(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("waited %v in vain: %s", Patience, what)
+			e.Fatalf("waited %v in vain: %s", e.patience(), what)
 		}
 	}
+}
+
+func (e *env) patience() time.Duration {
+	if e.Patience > 0 {
+		return e.Patience
+	}
+	return Patience
 }

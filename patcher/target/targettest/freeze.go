@@ -194,7 +194,7 @@ func closeThaws(e *env) {
 func contextThaws(e *env) {
 	v := e.start(Want{Threads: 2})
 	p := e.open(v)
-	ctx, cancel := context.WithTimeout(context.Background(), Patience)
+	ctx, cancel := context.WithTimeout(context.Background(), 10*e.patience())
 	defer cancel()
 	f, err := p.Freeze(ctx)
 	e.must("Freeze", err)
@@ -233,7 +233,7 @@ func freezeChurn(e *env) {
 	for range 30 {
 		// Busy is an honest answer to threads that start faster than they can
 		// be counted; held threads and wrong lists are not.
-		ctx, cancel := context.WithTimeout(context.Background(), Patience)
+		ctx, cancel := context.WithTimeout(context.Background(), e.patience())
 		f, err := p.Freeze(ctx)
 		if errors.Is(err, target.ErrBusy) {
 			cancel()

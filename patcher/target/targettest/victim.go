@@ -36,6 +36,9 @@ type Setup struct {
 	// ends it at the end of the test (t.Cleanup), whatever became of it. An
 	// error that wraps ErrAbsent leaves the case out; any other is a failure.
 	Start func(t testing.TB, w Want) (Victim, error)
+	// Patience overrides the bound of every wait; 0 is Patience. It is for
+	// suites that are expected to fail.
+	Patience time.Duration
 	// Lacks declares cases that this backend leaves out by its nature: name of
 	// the case to reason ("simulated threads have no vfork").
 	Lacks map[string]string
