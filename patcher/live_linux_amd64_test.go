@@ -16,7 +16,7 @@ import (
 )
 
 // live opens a running host with the real Linux backend.
-func live(t *testing.T, pid int) target.Process {
+func live(t testing.TB, pid int) target.Process {
 	t.Helper()
 	b, err := ptrace.New()
 	if err != nil {
@@ -25,7 +25,7 @@ func live(t *testing.T, pid int) target.Process {
 	return openLive(t, b, pid)
 }
 
-func openLive(t *testing.T, b target.Backend, pid int) target.Process {
+func openLive(t testing.TB, b target.Backend, pid int) target.Process {
 	t.Helper()
 	list, err := b.List(context.Background())
 	if err != nil {
@@ -45,7 +45,7 @@ func openLive(t *testing.T, b target.Backend, pid int) target.Process {
 	return nil
 }
 
-func imageAt(t *testing.T, p target.Process, base uint64) patcher.Loaded {
+func imageAt(t testing.TB, p target.Process, base uint64) patcher.Loaded {
 	t.Helper()
 	images, err := patcher.Images(p)
 	if err != nil {
@@ -59,7 +59,7 @@ func imageAt(t *testing.T, p target.Process, base uint64) patcher.Loaded {
 }
 
 // cycle applies and takes out a patch once.
-func cycle(t *testing.T, x *patcher.Patcher, p target.Process, base patcher.Loaded, patch *patcher.Patch, between func()) (apply, undo time.Duration) {
+func cycle(t testing.TB, x *patcher.Patcher, p target.Process, base patcher.Loaded, patch *patcher.Patch, between func()) (apply, undo time.Duration) {
 	t.Helper()
 	plan, err := patcher.Prepare(p, base, patch)
 	if err != nil {

@@ -75,7 +75,7 @@ func (r *rig) open() {
 	r.base = images[0]
 }
 
-func readFile(t *testing.T, name string) []byte {
+func readFile(t testing.TB, name string) []byte {
 	t.Helper()
 	b, err := os.ReadFile(fixtures + name)
 	if err != nil {
@@ -85,7 +85,7 @@ func readFile(t *testing.T, name string) []byte {
 }
 
 // patchOf reads a hotpatch image of the fixtures as a release would carry it.
-func patchOf(t *testing.T, image, hotpatch string) *patcher.Patch {
+func patchOf(t testing.TB, image, hotpatch string) *patcher.Patch {
 	t.Helper()
 	file := readFile(t, hotpatch)
 	var base struct {

@@ -1,0 +1,88 @@
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"hotpatchd/agent/control"
+	"hotpatchd/patcher/target/ptrace/hosttest"
+)
+
+const (
+	// benchWindow is how long the daemon's processor time is watched.
+	benchWindow = 20 * time.Second
+	benchHosts  = 200
+	// clockTicks is the unit of utime and stime in /proc/PID/stat (proc(5)); 100 on every Linux port of today.
+	clockTicks = 100
+)
+
+func report(name string, value float64, unit string) {
+	fmt.Printf("bench: %s %.4g %s\n", name, value, unit)
+}
+
+// BenchmarkIdle measures what the daemon costs while nothing happens, with its
+// default intervals: without any PE process, and with 200 that were patched.
+func BenchmarkIdle(b *testing.B) {
+	d := newDevice(b, appFix)
+	text, err := os.ReadFile(d.config)
+	if err != nil {
+		b.Fatal(err)
+	}
+	plain := strings.Replace(strings.Replace(string(text), "check_every = \"1s\"\n", "", 1), "[backend]\nscan_every = \"100ms\"\n", "", 1)
+	d.write("config.toml", plain)
+	d.start()
+	time.Sleep(5 * time.Second) // the first passes are no idling
+	share := d.share(b)
+	report("idle_no_pe_process", 100*share, "%core")
+	report("idle_resident", d.resident(b), "MB")
+
+	hosts := make([]*hosttest.Host, benchHosts)
+	began := time.Now()
+	for i := range hosts {
+		hosts[i] = app(b, hosttest.Options{})
+	}
+	d.until("all are patched", func() bool {
+		st, err := d.client.Status(b.Context())
+		return err == nil && st.Coverage.Patched == benchHosts
+	})
+	report("start_to_patched_200_processes", time.Since(began).Seconds(), "s")
+	time.Sleep(5 * time.Second)
+	report("idle_200_pe_processes", 100*d.share(b), "%core")
+	report("resident_200_pe_processes", d.resident(b), "MB")
+	if st := d.status(); st.State != control.Hotpatched {
+		b.Errorf("state %s", st.State)
+	}
+}
+
+// share is the part of one core that the daemon used during the window.
+func (d *device) share(b *testing.B) float64 {
+	before, began := d.ticks(b), time.Now()
+	time.Sleep(benchWindow)
+	return float64(d.ticks(b)-before) / clockTicks / time.Since(began).Seconds()
+}
+
+func (d *device) ticks(b *testing.B) int {
+	text, err := os.ReadFile("/proc/" + strconv.Itoa(d.proc.Process.Pid) + "/stat")
+	if err != nil {
+		b.Fatal(err)
+	}
+	_, after, _ := strings.Cut(string(text), ") ")
+	f := strings.Fields(after) // from field 3, state
+	user, _ := strconv.Atoi(f[14-3])
+	system, _ := strconv.Atoi(f[15-3])
+	return user + system
+}
+
+func (d *device) resident(b *testing.B) float64 {
+	text, err := os.ReadFile("/proc/" + strconv.Itoa(d.proc.Process.Pid) + "/status")
+	if err != nil {
+		b.Fatal(err)
+	}
+	_, after, _ := strings.Cut(string(text), "VmRSS:")
+	kb, _ := strconv.Atoi(strings.Fields(after)[0])
+	return float64(kb) / 1024
+}
