@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"runtime"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -38,6 +39,7 @@ func run(args []string, in io.Reader, out, errOut io.Writer) int {
 		return 1
 	}
 	allowTracing()
+	leaveRoom(c.threads + c.sleepers)
 	h := &host{config: c, mapped: m}
 	if err := h.start(); err != nil {
 		fmt.Fprintf(errOut, "pe-host: %v\n", err)
@@ -55,6 +57,19 @@ func run(args []string, in io.Reader, out, errOut io.Writer) int {
 func allowTracing() {
 	const anybody = ^uintptr(0) // PR_SET_PTRACER_ANY
 	unix.Prctl(unix.PR_SET_PTRACER, anybody, 0, 0, 0)
+}
+
+// memoryLimit is where the garbage collector begins to work after all: a
+// request costs some hundred bytes.
+const memoryLimit = 256 << 20
+
+// leaveRoom makes sure that we answer, and end, even if all callers are
+// patched to run something that never returns: the runtime cannot take such a
+// thread's processor away, nor stop it for a garbage collection.
+func leaveRoom(callers int) {
+	runtime.GOMAXPROCS(max(runtime.GOMAXPROCS(0), callers+2))
+	debug.SetGCPercent(-1)
+	debug.SetMemoryLimit(memoryLimit)
 }
 
 // host is a mapped image and the threads that call it.

@@ -226,6 +226,43 @@ func TestEndsWithItsParent(t *testing.T) {
 	}
 }
 
+// TestEndsWhateverItRuns: callers that never return do not keep it alive.
+func TestEndsWhateverItRuns(t *testing.T) {
+	g := start(t, "--image", demo, "--threads", "6", "--sleepers", "1")
+	entry, err := strconv.ParseInt(g.ask("entry")[0], 0, 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mem, err := os.OpenFile(fmt.Sprintf("/proc/%d/mem", g.pid), os.O_RDWR, 0)
+	if err != nil {
+		absent(t, "to write to a process of the same user: %v", err)
+	}
+	defer mem.Close()
+	if _, err := mem.WriteAt([]byte{0xeb, 0xfe}, entry); err != nil { // jmp to itself, in one aligned word
+		t.Fatal(err)
+	}
+	g.until("nobody calls any more", func() bool {
+		a, _, _ := g.stats()
+		time.Sleep(20 * time.Millisecond)
+		b, _, _ := g.stats()
+		return a == b
+	})
+	if v := g.ask("value"); v[0] != "42" {
+		t.Errorf("value %v", v)
+	}
+	g.in.Close()
+	done := make(chan struct{})
+	go func() { g.cmd.Wait(); close(done) }()
+	select {
+	case <-done:
+	case <-time.After(waiting):
+		t.Fatal("it lives on")
+	}
+	if code := g.cmd.ProcessState.ExitCode(); code != 1 {
+		t.Errorf("exit code %d, want 1", code)
+	}
+}
+
 func TestTellsWrongValues(t *testing.T) {
 	g := start(t, "--image", demo, "--allow", "7")
 	if _, wrong, _ := g.stats(); wrong == 0 {
@@ -374,6 +411,16 @@ func TestAllocatesHarmlessly(t *testing.T) {
 	}
 }
 
+// absent leaves a test out for what the machine lacks, or fails it where
+// everything must run.
+func absent(t *testing.T, format string, args ...any) {
+	t.Helper()
+	if os.Getenv("HOTPATCH_TEST_ALL") == "1" {
+		t.Fatalf("needs "+format, args...)
+	}
+	t.Skipf("needs "+format, args...)
+}
+
 // backend is the one of this system; the test is left out where it can do nothing.
 func backend(t *testing.T) target.Backend {
 	t.Helper()
@@ -383,10 +430,7 @@ func backend(t *testing.T) target.Backend {
 	}
 	if pr, ok := b.(target.Prober); ok {
 		if s, err := pr.Probe(t.Context()); err != nil {
-			if os.Getenv("HOTPATCH_TEST_ALL") == "1" {
-				t.Fatalf("needs ptrace: %s: %v", s, err)
-			}
-			t.Skipf("needs ptrace: %s: %v", s, err)
+			absent(t, "ptrace: %s: %v", s, err)
 		}
 	}
 	return b
