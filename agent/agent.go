@@ -83,7 +83,8 @@ type Agent struct {
 	procs     map[target.ID]*procState
 	scannedAt time.Time
 	scanErr   error
-	denied    int // processes that could not be looked into
+	scanCost  time.Duration // of listing the processes, the last time
+	denied    int           // processes that could not be looked into
 	rows      map[rowKey]row
 	notices   []control.Attention
 	dirty     bool
@@ -193,8 +194,13 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.watch(wctx, &wg)
 	timer := time.NewTimer(0)
 	defer timer.Stop()
+	woken, last := false, time.Now()
 	for {
-		timer.Reset(a.nextWake())
+		wait := a.nextWake()
+		if woken {
+			wait = min(wait, max(0, a.gap()-time.Since(last)))
+		}
+		timer.Reset(wait)
 		select {
 		case <-ctx.Done():
 			a.history(own, control.HistoryEntry{Action: "stop", Text: "hotpatchd stopped; what is applied stays"})
@@ -202,11 +208,26 @@ func (a *Agent) Run(ctx context.Context) error {
 		case fn := <-a.calls:
 			fn()
 		case <-a.wake:
-			a.pass(ctx, "", nil)
+			woken = true
 		case <-timer.C:
+			woken = false
 			a.pass(ctx, "", nil)
+			last = time.Now()
 		}
 	}
+}
+
+const (
+	// leastGap lets the wake-ups of one moment become one pass.
+	leastGap = 20 * time.Millisecond
+	// gapShare keeps looking at the processes, however often others start some,
+	// under a fiftieth of a core.
+	gapShare = 50
+)
+
+// gap is the least time between a pass and the next one that a wake-up brings.
+func (a *Agent) gap() time.Duration {
+	return min(max(leastGap, gapShare*a.scanCost), a.o.Config.Backend.ScanEvery)
 }
 
 // Wake makes the loop look again soon.

@@ -35,6 +35,9 @@ func (x *Patcher) Recover(ctx context.Context, p target.Process, rec Record) (Re
 	}
 	switch kind {
 	case allNew:
+		if rec.State == Applied {
+			return rec, nil // nothing happened: nothing to note
+		}
 		return x.outcome(&rec, nil, Applied, Applied)
 	case allPrev, allOriginal:
 		done := Undone
