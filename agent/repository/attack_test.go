@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/ed25519"
 	"crypto/rand"
+	"encoding/json"
 	"errors"
 	"net/http"
 	"os"
@@ -43,7 +44,9 @@ func TestRollback(t *testing.T) {
 				t.Errorf("%v (%v)", e, e.Err)
 			}
 			t.Run("restarted", func(t *testing.T) {
-				refused(t, f.clientIn(url, dir, Floors{}), CodeRollback)
+				if _, err := f.clientIn(url, dir, Floors{}).Refresh(t.Context()); CodeOf(err) != CodeRollback {
+					t.Errorf("%v", err)
+				}
 			})
 			t.Run("cache lost, floors kept", func(t *testing.T) {
 				refused(t, f.clientIn(url, t.TempDir(), c.Floors()), CodeRollback)
@@ -353,6 +356,9 @@ func TestRevokedKeyWithHiddenRoot(t *testing.T) {
 			}
 			ts.Signed.Version = 3
 			resign(f, ts, metadata.TIMESTAMP, "timestamp.json", stolen)
+			if _, err := client(Floors{}).Refresh(t.Context()); CodeOf(err) != CodeSignature {
+				t.Fatalf("without floors a revoked key was believed: %v", err)
+			}
 			damage(dir)
 			_, err := client(floors).Refresh(t.Context())
 			if code := CodeOf(err); code != CodeSignature && code != CodeRollback {
@@ -444,8 +450,40 @@ func TestThreshold(t *testing.T) {
 	}
 }
 
-// FuzzRefresh feeds one hostile metadata file, unsigned, and as a thief of the
-// key would: signed. Nothing may panic or loop.
+// FuzzOffers reads what a thief of the targets key could sign.
+func FuzzOffers(f *testing.F) {
+	fx := newFixture(f)
+	targets := parse(fx, metadata.Targets(), "1.targets.json")
+	good, err := json.Marshal(targets.Signed.Targets)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(good)
+	f.Add([]byte(`{"releases/x.hotpatch":null}`))
+	f.Add([]byte(`{"releases/x.hotpatch":{"length":1,"hashes":{"sha256":""},"custom":null}}`))
+	f.Add([]byte(`{"releases/x.hotpatch":{"length":1,"hashes":{},"custom":{"format":"hotpatch-target/1","id":"x","rollout":{"not_before":"never"}}}}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var targets map[string]*metadata.TargetFiles
+		if json.Unmarshal(b, &targets) != nil {
+			return
+		}
+		offers, skipped, err := readOffers(targets)
+		if err != nil {
+			t.Skip("too many")
+		}
+		if len(offers)+len(skipped) != len(targets) {
+			t.Fatalf("%d offers and %d skipped of %d", len(offers), len(skipped), len(targets))
+		}
+		for _, o := range offers {
+			if o.Length < 1 || len(o.SHA256) != 64 || o.Target != targetName(o.ID) {
+				t.Fatalf("%+v", o)
+			}
+		}
+	})
+}
+
+// FuzzRefresh feeds one hostile metadata file, as the owner of a server could.
+// Nothing may panic, and each error says what kind of trouble it is.
 func FuzzRefresh(f *testing.F) {
 	fx := newFixture(f)
 	names := []string{"timestamp.json", "1.snapshot.json", "1.targets.json", "2.root.json"}

@@ -118,11 +118,6 @@ func (c *Client) fillPart(ctx context.Context, o Offer, part string) (resumed bo
 	if w.done, err = f.Seek(0, io.SeekEnd); err != nil {
 		return false, storage(err)
 	}
-	if w.done > o.Length {
-		if err := restart(); err != nil {
-			return false, err
-		}
-	}
 	resumed = w.done > 0
 	if w.done < o.Length {
 		err = c.transport.read(ctx, "targets/"+targetFile(o.Target, o.SHA256), w.done, o.Length, w, restart)

@@ -121,7 +121,7 @@ func customOf(m *release.Manifest, published time.Time, r Rollout) custom {
 
 // readOffer turns one signed target into an offer, or says why not.
 func readOffer(name string, t *metadata.TargetFiles) (Offer, error) {
-	if t.Custom == nil {
+	if t == nil || t.Custom == nil {
 		return Offer{}, errors.New("it has no custom data")
 	}
 	var head struct {

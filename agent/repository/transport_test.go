@@ -114,7 +114,9 @@ func TestDocumentDeadline(t *testing.T) {
 	})
 	c := f.client(s.URL)
 	c.transport.limits.document = 300 * time.Millisecond
-	refused(t, c, CodeTooSlow)
+	if e := refused(t, c, CodeTooSlow); !strings.Contains(e.Text, "did not answer in time") {
+		t.Error(e)
+	}
 }
 
 func TestStopped(t *testing.T) {
@@ -138,6 +140,8 @@ func TestUnreachable(t *testing.T) {
 	if e := refused(t, c, CodeUnreachable); !strings.Contains(e.Text, "refused") {
 		t.Error(e)
 	}
+	// Not reached is not rolled back, also where the newest root got lost.
+	refused(t, f.clientIn(s.URL, t.TempDir(), Floors{Root: 2}), CodeUnreachable)
 	for code, want := range map[int]string{500: CodeUnreachable, 429: CodeUnreachable, 404: CodeNotFound, 403: CodeNotFound, 511: CodeCaptive, 407: CodeProxyAuth} {
 		s := f.serve(func(w http.ResponseWriter, r *http.Request) bool {
 			w.WriteHeader(code)
@@ -248,7 +252,9 @@ func TestFolderOfOddFiles(t *testing.T) {
 	if err := os.Mkdir(f.file("metadata/timestamp.json"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	refused(t, f.client(""), CodeUnreachable)
+	if e := refused(t, f.client(""), CodeUnreachable); !strings.Contains(e.Text, "not a file") {
+		t.Error(e)
+	}
 }
 
 func TestFolderPaths(t *testing.T) {
