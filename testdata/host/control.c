@@ -306,6 +306,8 @@ static void c_hook(char *arg)
 	say("ok hook %lx", (unsigned long)f);
 }
 
+static void c_receiver(char *arg) { say("ok receiver %d %d", start_receiver(), SIGRTMIN); }
+
 static void c_tid(char *arg) { say("ok tid %ld", syscall(SYS_gettid)); }
 
 static void c_quit(char *arg)
@@ -331,6 +333,7 @@ static const struct { const char *name; void (*f)(char *); } commands[] = {
 	{"dispatch", c_dispatch}, /* syscall user dispatch on the control thread */
 	{"stop-leader", c_stop_leader},
 	{"hook", c_hook},         /* hook NAME */
+	{"receiver", c_receiver}, /* a thread that counts queued signals: "ok receiver TID SIGNAL" */
 	{"tid", c_tid},           /* of the control thread */
 	{"quit", c_quit},
 };

@@ -49,8 +49,9 @@ struct block {
 	volatile uint64_t alt_tid, alt_sp, alt_pc; /* of the thread that stands on its signal stack */
 	volatile uint64_t sleeps, reads, fprounds; /* work done by the other kinds of threads */
 	volatile uint64_t lates;   /* sleeps more than a second too long */
+	volatile uint64_t signals, signal_sum; /* that came to the receiver, and the values they carried */
 	char example[128];         /* of the first thing that was wrong */
-	char pad[512 - 18 * 8 - 128];
+	char pad[512 - 20 * 8 - 128];
 };
 _Static_assert(sizeof(struct block) == 512, "the test package knows the layout");
 
@@ -94,6 +95,7 @@ void start_workers(void);
 int call_once(void);
 void pause_calls(int on);
 int stand_on_signal_stack(void);
+int start_receiver(void);
 
 /* control.c */
 void *control(void *);

@@ -318,6 +318,37 @@ int stand_on_signal_stack(void)
 	return shared->alt_tid != 0;
 }
 
+/* The receiver computes and takes queued signals, each with a value. */
+static volatile int receiver_tid;
+
+static void on_queued(int sig, siginfo_t *info, void *context)
+{
+	if (info->si_code != SI_QUEUE)
+		note_fault(FAULT, "signal information: code", info->si_code, SI_QUEUE);
+	__atomic_fetch_add(&shared->signal_sum, (uint64_t)info->si_value.sival_int, __ATOMIC_RELAXED);
+	__atomic_fetch_add(&shared->signals, 1, __ATOMIC_RELAXED);
+}
+
+static void *receiver(void *arg)
+{
+	make_teb();
+	receiver_tid = (int)syscall(SYS_gettid);
+	for (;;)
+		call_once();
+	return NULL;
+}
+
+int start_receiver(void)
+{
+	struct sigaction a = {.sa_sigaction = on_queued, .sa_flags = SA_SIGINFO | SA_RESTART};
+	sigaction(SIGRTMIN, &a, NULL);
+	shared->threads++;
+	new_thread(receiver, NULL);
+	while (!receiver_tid)
+		nap(1000);
+	return receiver_tid;
+}
+
 static void many(int n, void *(*f)(void *))
 {
 	for (int i = 0; i < n; i++)

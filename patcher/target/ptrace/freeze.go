@@ -171,14 +171,12 @@ func (z *frozen) seize(tid int) error {
 	if _, known := z.index[tid]; known {
 		return nil
 	}
-	e := seize(tid, 0)
-	if e != 0 && e != unix.ESRCH {
-		if err := z.p.whyNot("freeze", tid, e); err != nil {
-			return err
-		}
+	attached, err := z.p.attachTo("freeze", tid, 0)
+	if err != nil {
+		return err
 	}
-	t := held{tid: tid}
-	if t.attached = e == 0; !t.attached {
+	t := held{tid: tid, attached: attached}
+	if !attached {
 		t.state = gone
 	}
 	z.index[tid] = len(z.threads)
@@ -186,23 +184,35 @@ func (z *frozen) seize(tid int) error {
 	return nil
 }
 
-// whyNot explains a refused seize; nil if the thread had ended, as a dead main
-// thread has, for which the kernel says EPERM as well.
-func (p *process) whyNot(op string, tid int, e unix.Errno) error {
-	var s stat
-	if err := p.dir.stat(taskPath(tid), &s); err != nil || s.dead() {
-		return nil
-	}
-	if status, err := p.dir.read(p.life.sub+"status", nil, statusLimit); err == nil {
-		switch pid := firstNumber(statusField(status, "TracerPid")); {
-		case pid <= 0:
-		case ours(pid):
-			return p.refuse(op, 0, target.ErrBusy, "it is held by another handle of ours")
-		default:
-			return p.refuse(op, 0, target.ErrDenied, "traced by %s", processName(pid))
+// seizeTries bounds how often a refused seize is repeated: in the middle of an
+// exec the kernel refuses as it does for good, and an exec is short.
+const seizeTries = 20
+
+// attachTo seizes a thread, or says why that is refused. It is false if the
+// thread had ended, as a dead main thread has, for which the kernel says EPERM too.
+func (p *process) attachTo(op string, tid int, options uintptr) (bool, error) {
+	e := seize(tid, options)
+	for try := 0; e != 0; try++ {
+		var s stat
+		if err := p.dir.stat(taskPath(tid), &s); e == unix.ESRCH || err != nil || s.dead() {
+			return false, nil
 		}
+		if status, err := p.dir.read(taskPath(tid)+"status", nil, statusLimit); err == nil {
+			switch pid := firstNumber(statusField(status, "TracerPid")); {
+			case pid <= 0:
+			case ours(pid):
+				return false, p.refuse(op, 0, target.ErrBusy, "it is held by another handle of ours")
+			default:
+				return false, p.refuse(op, 0, target.ErrDenied, "traced by %s", processName(pid))
+			}
+		}
+		if try == seizeTries {
+			return false, p.refuse(op, 0, target.ErrDenied, "cannot attach to thread %d: %v", tid, e)
+		}
+		doze(50)
+		e = seize(tid, options)
 	}
-	return p.refuse(op, 0, target.ErrDenied, "cannot attach to thread %d: %v", tid, e)
+	return true, nil
 }
 
 // spins is how often the threads are asked in turn before we sleep between

@@ -137,8 +137,8 @@ func (c *gadgetCache) get(p *process, r *target.Region) (f found, cached bool) {
 			return f, true
 		}
 	}
-	f = scan(p, r)
-	if r.Kind == target.File && r.Inode != 0 {
+	f, complete := scan(p, r)
+	if complete && r.Kind == target.File && r.Inode != 0 {
 		c.mu.Lock()
 		if len(c.files) >= cacheLimit {
 			c.files = map[mapping]found{}
@@ -162,12 +162,15 @@ func holds(p *process, start target.Addr, offsets []uint64, code []byte) bool {
 }
 
 // scan reads one mapping and finds every return from signals and a few calls.
-func scan(p *process, r *target.Region) (f found) {
+// It is not complete if the process ended meanwhile: that must not be remembered.
+func scan(p *process, r *target.Region) (f found, complete bool) {
+	complete = true
 	var wrappers []uint64
 	buf := make([]byte, min(r.Size(), scanChunk+scanOverlap))
 	for at := uint64(0); at < r.Size(); at += scanChunk {
 		b := buf[:min(r.Size()-at, uint64(len(buf)))]
-		n, _ := p.ReadAt(b, r.Start+target.Addr(at))
+		n, err := p.ReadAt(b, r.Start+target.Addr(at))
+		complete = complete && err == nil
 		b = b[:n]
 		each(b, sigreturnCode, scanChunk, func(o int) { f.sigreturn = append(f.sigreturn, at+uint64(o)) })
 		if len(f.syscall) < 4 {
@@ -178,7 +181,7 @@ func scan(p *process, r *target.Region) (f found) {
 		}
 	}
 	f.syscall = append(f.syscall[:min(len(f.syscall), 4)], wrappers[:min(len(wrappers), 4)]...)
-	return f
+	return f, complete
 }
 
 // each reports where pattern begins in the first limit bytes of b.

@@ -35,6 +35,23 @@ const (
 // The Go runtime clears AT_RANDOM when it starts: a Go program is another life
 // a moment after its exec than later, which costs one more look and no more.
 func readLife(dir procDir, pid, mem int) (life, error) {
+	for try := 0; ; try++ {
+		l, err := readLifeOnce(dir, pid, mem)
+		if err != nil {
+			return l, err
+		}
+		// The thread looked through may have ended, or executed a program, meanwhile.
+		var again stat
+		if err := dir.stat(l.sub, &again); err == nil && !again.dying() && again.startStack == l.stat.startStack || try == lookTries {
+			return l, nil
+		}
+	}
+}
+
+// lookTries bounds how often a life is read that changes while it is read.
+const lookTries = 4
+
+func readLifeOnce(dir procDir, pid, mem int) (life, error) {
 	l := life{id: target.ID{PID: pid}}
 	if err := l.look(dir); err != nil {
 		return l, err
@@ -85,7 +102,7 @@ func (l *life) look(dir procDir) error {
 	if err := dir.stat("", &l.stat); err != nil {
 		return err
 	}
-	if !l.stat.dead() {
+	if !l.stat.dying() {
 		return nil
 	}
 	start := l.stat.start
@@ -146,7 +163,7 @@ func liveThread(dir procDir) (sub string, ok bool) {
 	}
 	for _, tid := range tids {
 		var s stat
-		if task.stat(strconv.Itoa(tid)+"/", &s) == nil && !s.dead() {
+		if task.stat(strconv.Itoa(tid)+"/", &s) == nil && !s.dying() {
 			return taskPath(tid), true
 		}
 	}

@@ -68,11 +68,11 @@ func (b *backend) refresh(pid int) *known {
 	var path [48]byte
 	var s stat
 	name := strconv.AppendInt(path[:0], int64(pid), 10)
-	if !b.statOf(pid, name, &s) || s.flags&kernelThread != 0 || s.dead() && s.threads < 2 {
+	if !b.statOf(pid, name, &s) || s.flags&kernelThread != 0 || s.dying() && s.threads < 2 {
 		return nil
 	}
 	k := b.procs[pid]
-	if k != nil && !s.dead() && sameProgram(&k.stat, &s) {
+	if k != nil && !s.dying() && sameProgram(&k.stat, &s) {
 		if s.vsize == k.stat.vsize && (s.faults == k.stat.faults || !b.turn(pid)) {
 			return k
 		}

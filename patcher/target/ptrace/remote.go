@@ -28,6 +28,8 @@ const (
 	// signal, or computing, will soon be somewhere better.
 	callRounds = 20
 	callPause  = 2 * time.Millisecond
+	// searchLimit bounds that search, however long each stop takes.
+	searchLimit = time.Second
 	// maxCandidates bounds the threads tried in one round.
 	maxCandidates = 16
 )
@@ -67,12 +69,15 @@ func (p *process) candidates() ([]candidate, error) {
 			continue
 		}
 		c := candidate{tid: tid, rank: 2}
+		wchan, _ := p.dir.read(path+"wchan", nil, 64)
+		if p.unreachable(path, string(wchan)) {
+			continue
+		}
 		if nr := firstNumber(string(b)); nr >= 0 {
 			switch nr {
 			case unix.SYS_READ, unix.SYS_NANOSLEEP, unix.SYS_CLOCK_NANOSLEEP, unix.SYS_FUTEX, unix.SYS_POLL, unix.SYS_EPOLL_WAIT, unix.SYS_ACCEPT, unix.SYS_ACCEPT4, unix.SYS_RECVFROM, unix.SYS_WAIT4:
 				c.rank = 0
 			case restartSyscall:
-				wchan, _ := p.dir.read(path+"wchan", nil, 64)
 				c.restarted(p, string(wchan), string(b))
 				c.rank = 1
 			default:
@@ -86,6 +91,18 @@ func (p *process) candidates() ([]candidate, error) {
 	}
 	sort.SliceStable(list, func(i, j int) bool { return before(&list[i], &list[j]) })
 	return list[:min(len(list), maxCandidates)], nil
+}
+
+// unreachable tells whether a thread could not be stopped, or would not run on
+// when it is let go: it waits uninterruptibly, or its control group is frozen. A
+// thread of the first version of those is in such a wait; the second holds it
+// where signals are taken, in which a stopped thread waits too, but in another state.
+func (p *process) unreachable(path, wchan string) bool {
+	var s stat
+	if p.dir.stat(path, &s) != nil {
+		return true
+	}
+	return s.state == 'D' || s.state == 'S' && (wchan == "get_signal" || strings.Contains(wchan, "freezer"))
 }
 
 // restarted finds out which call a thread waits in whose call number has become
@@ -184,17 +201,14 @@ func (p *process) stopOne(op string, tid int, f func(t *held) error) error {
 
 // attach stops a thread outside of any signal.
 func (p *process) attach(op string, t *held) error {
-	switch e := seize(t.tid, unix.PTRACE_O_TRACESYSGOOD); e {
-	case 0:
-		t.attached = true
-	case unix.ESRCH:
-		return unfit("it ended")
-	default:
-		if err := p.whyNot(op, t.tid, e); err != nil {
-			return err
-		}
+	attached, err := p.attachTo(op, t.tid, unix.PTRACE_O_TRACESYSGOOD)
+	if err != nil {
+		return err
+	}
+	if !attached {
 		return unfit("it ended")
 	}
+	t.attached = true
 	interrupt(t.tid)
 	status, err := p.awaitStop(t, stopLimit)
 	if err != nil {
@@ -256,13 +270,20 @@ func (p *process) call(op string, at target.Addr, nr int, args ...uint64) (int64
 	p.trampolines.find(p, regions)
 	syscallAt, sigreturnAt, err := p.trampolines.pair(p)
 	if err != nil {
+		if !p.life.same(p.dir) {
+			return 0, p.fail(op, at, target.ErrGone)
+		}
 		return 0, p.refuse(op, at, target.ErrUnsupported, "%v", err)
 	}
 	why := error(unfit("it has no thread"))
-	for round := 0; round < callRounds; round++ {
+	end := time.Now().Add(searchLimit)
+	for round := 0; round < callRounds && time.Now().Before(end); round++ {
 		list, err := p.candidates()
 		if err != nil {
 			return 0, p.fail(op, at, err)
+		}
+		if len(list) == 0 {
+			why = unfit("every thread waits uninterruptibly or is stopped by its control group")
 		}
 		for _, c := range list {
 			var result int64

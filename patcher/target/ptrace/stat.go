@@ -4,8 +4,11 @@ package ptrace
 
 import "bytes"
 
-// kernelThread is PF_KTHREAD of the flags field of /proc/PID/stat.
-const kernelThread = 0x00200000
+// Of the flags field of /proc/PID/stat (include/linux/sched.h).
+const (
+	kernelThread = 0x00200000 // PF_KTHREAD
+	exiting      = 0x00000004 // PF_EXITING
+)
 
 // stat is what /proc/PID/stat tells of a process or thread (proc_pid_stat(5)).
 // Addresses are 0 or 1 where we may not see them.
@@ -66,6 +69,9 @@ func parseStat(b []byte, s *stat) bool {
 
 // dead tells of a thread that has ended and is not yet reaped.
 func (s *stat) dead() bool { return s.state == 'Z' || s.state == 'X' }
+
+// dying tells of one that has ended or is about to: its memory may be gone.
+func (s *stat) dying() bool { return s.dead() || s.flags&exiting != 0 }
 
 // statusField finds "Name:\t" in /proc/PID/status and returns the rest of its line.
 func statusField(status []byte, name string) string {

@@ -86,7 +86,9 @@ const (
 	wordReads   = 15
 	wordFP      = 16
 	wordLates   = 17
-	exampleAt   = 18 * 8
+	wordSignals = 18
+	wordSum     = 19
+	exampleAt   = 20 * 8
 	exampleSize = 128
 )
 
@@ -288,6 +290,8 @@ type Stats struct {
 	Reads   uint64
 	FP      uint64
 	Lates   uint64 // sleeps more than a second too long
+	Signals uint64 // that came to the receiver
+	Sum     uint64 // of the values they carried
 	Example string // the first thing that was wrong
 }
 
@@ -298,7 +302,7 @@ func (h *Host) Stats() Stats {
 	return Stats{
 		Calls: h.word(wordCalls), Wrong: h.word(wordWrong), Faults: h.word(wordFaults), Threads: int(h.word(wordThreads)),
 		Value: int(int64(h.word(wordValue))), Sleeps: h.word(wordSleeps), Reads: h.word(wordReads), FP: h.word(wordFP),
-		Lates: h.word(wordLates), Example: text,
+		Lates: h.word(wordLates), Signals: h.word(wordSignals), Sum: h.word(wordSum), Example: text,
 	}
 }
 
