@@ -41,10 +41,11 @@ UMask=0077
 
 # What reaching into other users' processes needs, and nothing else:
 #   CAP_SYS_PTRACE    attach to them, read /proc/PID/{mem,maps,exe,root} of theirs
-#   CAP_DAC_OVERRIDE  open /proc/PID/mem for writing: it belongs to the process's user
-#   CAP_KILL          look whether a thread of another user is still there (tgkill 0)
+#   CAP_DAC_OVERRIDE  open /proc/PID/mem for writing: it belongs to the process's
+#                     user; read images in homes
 #   CAP_NET_ADMIN     hear of process starts (NETLINK_CONNECTOR)
-CapabilityBoundingSet=CAP_SYS_PTRACE CAP_DAC_OVERRIDE CAP_KILL CAP_NET_ADMIN
+# Not CAP_KILL: threads are stopped by ptrace, nothing is ever signalled.
+CapabilityBoundingSet=CAP_SYS_PTRACE CAP_DAC_OVERRIDE CAP_NET_ADMIN
 AmbientCapabilities=
 NoNewPrivileges=yes
 
