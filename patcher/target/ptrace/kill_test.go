@@ -28,6 +28,12 @@ import (
 const tracerEnv = "HOTPATCHD_TEST_TRACER"
 
 func TestMain(m *testing.M) {
+	if os.Getenv(goVictimEnv) != "" {
+		goVictim()
+	}
+	if s := os.Getenv(ordinaryEnv); s != "" {
+		ordinaryUser(s)
+	}
 	if s := os.Getenv(tracerEnv); s != "" {
 		job := strings.Split(s, ":") // PID:ORDER[:MOMENT]
 		n, _ := strconv.Atoi(job[0])
