@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -17,7 +16,6 @@ import (
 	"sync"
 	"testing"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -266,84 +264,6 @@ func TestLeaderEndsMeanwhile(t *testing.T) {
 	}
 }
 
-func TestGuards(t *testing.T) {
-	b := newBackend(t)
-	o := demo(t, hosttest.Options{Spin: 1, Sleep: 1})
-	t.Run("seccomp", func(t *testing.T) {
-		h := hosttest.Start(t, o)
-		p := openHost(t, b, h)
-		h.Do("seccomp") // after Open, which is what the guard cannot see
-		at := free()
-		refused(t, "Alloc", p.Alloc(at, page, target.Read), target.ErrDenied, "seccomp")
-		if r, err := p.Regions(); err != nil || regionAt(r, at) != nil {
-			t.Errorf("mapped all the same (%v)", err)
-		}
-		if i := openHost(t, b, h).Info(); !guarded(i, target.GuardSeccomp, "mode 2") {
-			t.Errorf("guards %v", i.Guards)
-		}
-		h.Healthy()
-	})
-	t.Run("mdwe", func(t *testing.T) {
-		h := hosttest.Start(t, o)
-		p := openHost(t, b, h)
-		h.Do("mdwe")
-		works(t, p, h)
-		at := free()
-		must(t, "Alloc", p.Alloc(at, page, target.Read|target.Write))
-		refused(t, "Protect", p.Protect(at, page, target.Read|target.Exec), target.ErrDenied)
-		h.Healthy()
-	})
-	t.Run("syscall user dispatch", func(t *testing.T) {
-		h := hosttest.Start(t, demo(t, hosttest.Options{}))
-		p := openHost(t, b, h)
-		h.Do("stop-leader") // the thread under dispatch is the only one then
-		h.Do("dispatch")
-		refused(t, "Alloc", p.Alloc(free(), page, target.Read), target.ErrDenied, "dispatch")
-		if h.Value() != 42 {
-			t.Error("wrong value")
-		}
-	})
-	for _, how := range []string{"vfork", "clone-vm"} {
-		t.Run(how, func(t *testing.T) {
-			h := hosttest.Start(t, o)
-			p := openHost(t, b, h)
-			works(t, p, h)
-			child := strings.TrimPrefix(h.Do(how), how+" ")
-			_, err := p.Freeze(context.Background())
-			refused(t, "Freeze", err, target.ErrBusy, "pid "+child)
-			if i := openHost(t, b, h).Info(); !guarded(i, target.GuardShared, "pid "+child) {
-				t.Errorf("guards %v", i.Guards)
-			}
-			h.Runs()
-			h.Do("unshare")
-			if i := openHost(t, b, h).Info(); len(i.Guards) != 0 {
-				t.Errorf("guards %v", i.Guards)
-			}
-			works(t, p, h)
-			h.Healthy()
-		})
-	}
-	t.Run("ourselves and init", func(t *testing.T) {
-		if i := infoOf(t, b, os.Getpid()); !guarded(i, target.GuardSelf) {
-			t.Errorf("%+v", i)
-		}
-		if i := infoOf(t, b, 1); !guarded(i, target.GuardSystem) {
-			t.Errorf("%+v", i)
-		}
-	})
-	t.Run("no kernel threads", func(t *testing.T) {
-		for range 2 * kernelRounds {
-			l, err := b.List(context.Background())
-			must(t, "List", err)
-			for _, i := range l {
-				if i.Exe == "" && !guarded(i, target.GuardProtected) {
-					t.Errorf("%+v", i)
-				}
-			}
-		}
-	})
-}
-
 // Where the memory file may not write code, words are poked.
 func TestPoke(t *testing.T) {
 	b := newBackend(t)
@@ -383,145 +303,6 @@ func TestPoke(t *testing.T) {
 		t.Errorf("WriteAt beyond the end: %d, %v", k, err)
 	}
 	must(t, "Free", p.Free(at, 2*page))
-	h.Healthy()
-}
-
-// Every signal sent while threads are stopped, and calls made in them, arrives
-// once and with what it carried.
-func TestSignalsArrive(t *testing.T) {
-	b := newBackend(t)
-	h := hosttest.Start(t, demo(t, hosttest.Options{Spin: 1, Sleep: 1}))
-	var tid, sig int
-	if _, err := fmt.Sscanf(h.Do("receiver"), "receiver %d %d", &tid, &sig); err != nil {
-		t.Fatal(err)
-	}
-	p := openHost(t, b, h)
-	defer func(f func(a, b *candidate) bool) { before = f }(before)
-	before = func(a, b *candidate) bool { return a.tid == tid && b.tid != tid }
-	const signals = 3000
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		for n := 1; n <= signals; n++ {
-			var info struct { // siginfo_t of rt_tgsigqueueinfo(2)
-				signo, errno, code, _ int32
-				pid, uid              int32
-				value                 uint64
-				_                     [96]byte
-			}
-			info.signo, info.code, info.value = int32(sig), -1 /* SI_QUEUE */, uint64(n)
-			for {
-				_, _, e := unix.Syscall6(unix.SYS_RT_TGSIGQUEUEINFO, uintptr(h.PID), uintptr(tid), uintptr(sig), uintptr(unsafe.Pointer(&info)), 0, 0)
-				if e != unix.EAGAIN {
-					break
-				}
-				time.Sleep(time.Millisecond)
-			}
-			if n%10 == 0 {
-				time.Sleep(200 * time.Microsecond)
-			}
-		}
-	})
-	at := free()
-	rounds := 0
-	for h.Stats().Signals < signals/2 && rounds < 3000 || rounds < 100 {
-		rounds++
-		if z, err := p.Freeze(context.Background()); err == nil {
-			thaw(t, z)
-		}
-		if err := p.Alloc(at, page, target.Read); err == nil {
-			must(t, "Free", retryBusy(func() error { return p.Free(at, page) }))
-		} else if !errors.Is(err, target.ErrBusy) {
-			t.Fatal(err)
-		}
-	}
-	wg.Wait()
-	until(t, "all signals arrive", func() bool { return h.Stats().Signals >= signals })
-	if s := h.Stats(); s.Signals != signals || s.Sum != signals*(signals+1)/2 {
-		t.Errorf("%d signals with sum %d, want %d with %d", s.Signals, s.Sum, signals, signals*(signals+1)/2)
-	}
-	t.Logf("%d rounds", rounds)
-	h.Healthy()
-}
-
-func retryBusy(f func() error) (err error) {
-	for range 100 {
-		if err = f(); !errors.Is(err, target.ErrBusy) {
-			return err
-		}
-	}
-	return err
-}
-
-// A program that is replaced again and again while it is worked on is never
-// changed by work that was meant for the program before.
-func TestExecMeanwhile(t *testing.T) {
-	b := newBackend(t)
-	h := hosttest.Start(t, demo(t, hosttest.Options{Spin: 1, Block: 1}))
-	stop := make(chan struct{})
-	var wg sync.WaitGroup
-	execs := 0
-	wg.Go(func() {
-		for {
-			select {
-			case <-stop:
-				return
-			default:
-				h.Exec()
-				execs++
-				if execs > 110 { // one block of counters a life
-					return
-				}
-			}
-		}
-	})
-	over := func(what string, err error) bool {
-		if err != nil && !errors.Is(err, target.ErrGone) && !errors.Is(err, target.ErrBusy) {
-			t.Errorf("%s: %v", what, err)
-		}
-		return err != nil
-	}
-	written := 0
-	for range 150 {
-		l, err := b.List(context.Background())
-		must(t, "List", err)
-		for _, i := range l {
-			if i.PID != h.PID {
-				continue
-			}
-			p, err := b.Open(context.Background(), i.ID)
-			if over("Open", err) {
-				continue
-			}
-			at := free()
-			if !over("Alloc", p.Alloc(at, page, target.Read|target.Write)) {
-				_, err := p.WriteAt([]byte("mine"), at)
-				over("WriteAt", err)
-			}
-			if z, err := p.Freeze(context.Background()); !over("Freeze", err) {
-				// Frozen, it is the program that was opened: its own memory
-				// may be written, and is written back.
-				var was [16]byte
-				if _, err := p.ReadAt(was[:], hosttest.Probe); err == nil && was[0] == 0x5a {
-					_, err := p.WriteAt(make([]byte, 16), hosttest.Probe)
-					must(t, "WriteAt while frozen", err)
-					_, err = p.WriteAt(was[:], hosttest.Probe)
-					must(t, "WriteAt while frozen", err)
-					written++
-				}
-				thaw(t, z)
-			}
-			p.Close()
-		}
-	}
-	close(stop)
-	wg.Wait()
-	h.Runs()
-	p := openHost(t, b, h)
-	got := make([]byte, 4096)
-	if _, err := p.ReadAt(got, hosttest.Probe); err != nil || !bytes.Equal(got, bytes.Repeat([]byte{0x5a}, 4096)) {
-		t.Errorf("the probe page was written: %v", err)
-	}
-	t.Logf("%d execs, %d writes", execs, written)
 	h.Healthy()
 }
 

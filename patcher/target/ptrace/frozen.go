@@ -1,0 +1,132 @@
+//go:build linux && amd64
+
+package ptrace
+
+import (
+	"strconv"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"hotpatchd/patcher/target"
+)
+
+// Threads are made once, from what was read when they stopped.
+func (z *frozen) Threads() ([]target.Thread, error) {
+	if err := z.over("read the threads of", 0); err != nil {
+		return nil, err
+	}
+	if z.list != nil {
+		return z.list, nil
+	}
+	list := make([]target.Thread, 0, len(z.threads))
+	regs := make([]uint64, 0, 16*len(z.threads))
+	for i := range z.threads {
+		t := &z.threads[i]
+		if t.state != stopped {
+			continue
+		}
+		r := &t.regs
+		regs = append(regs, r.Rax, r.Rcx, r.Rdx, r.Rbx, r.Rsp, r.Rbp, r.Rsi, r.Rdi, r.R8, r.R9, r.R10, r.R11, r.R12, r.R13, r.R14, r.R15)
+		list = append(list, target.Thread{
+			ID: t.tid, PC: target.Addr(r.Rip), SP: target.Addr(r.Rsp),
+			Regs: regs[len(regs)-16 : len(regs) : len(regs)], Stack: z.stack(target.Addr(r.Rsp)), State: doing(r),
+		})
+	}
+	z.list = list
+	return list, nil
+}
+
+// stack reads the mappings again if one was made since they were read.
+func (z *frozen) stack(sp target.Addr) target.Span {
+	r := regionAt(z.regions, sp)
+	if r == nil {
+		if now, err := z.p.Regions(); err == nil {
+			z.regions = now
+			r = regionAt(now, sp)
+		}
+	}
+	if r == nil {
+		return target.Span{}
+	}
+	return target.Span{Start: sp, End: r.End}
+}
+
+// doing names the system call a thread waits in.
+func doing(r *unix.PtraceRegs) string {
+	if int64(r.Orig_rax) < 0 {
+		return "running"
+	}
+	return syscallName(int(r.Orig_rax))
+}
+
+// write writes while frozen. A freeze that ran out refuses: the caller would
+// write code under threads that run.
+func (z *frozen) write(b []byte, at target.Addr) (int, error) {
+	z.writing.Lock()
+	n, err := 0, z.over("write", at)
+	if err == nil {
+		n, err = z.p.writeMem(b, at)
+	}
+	z.writing.Unlock()
+	if err == nil && n < len(b) && z.p.readOnly {
+		if !z.do(func() { n, err = z.poke(b, at) }) {
+			return n, z.over("write", at)
+		}
+	}
+	return n, err
+}
+
+// over is an error if the threads run again.
+func (z *frozen) over(op string, at target.Addr) error {
+	select {
+	case <-z.done:
+	default:
+		if !z.lapsed.Load() {
+			return nil
+		}
+	}
+	return z.p.refuse(op, at, target.ErrBusy, "the freeze is over")
+}
+
+// do runs f on the tracing thread.
+func (z *frozen) do(f func()) bool {
+	ran := make(chan struct{})
+	select {
+	case z.ops <- func() { f(); close(ran) }:
+		<-ran
+		return true
+	case <-z.done:
+		return false
+	}
+}
+
+// Thaw is quiet about a freeze that had run out: writes made after that failed.
+func (z *frozen) Thaw() error {
+	z.once.Do(func() { close(z.release) })
+	<-z.done
+	if z.p.frozen == z {
+		z.p.frozen = nil
+	}
+	if !z.clean && !awaitEnd(z.tracer) {
+		return z.p.refuse("thaw", 0, target.ErrBusy, "the tracing thread %d does not end", z.tracer)
+	}
+	return nil
+}
+
+// Pause is the time from the first seize to the last detach.
+func (z *frozen) Pause() time.Duration {
+	select {
+	case <-z.done:
+		return z.pause
+	default:
+		return 0
+	}
+}
+
+func syscallName(nr int) string {
+	if name, ok := syscallNames[nr]; ok {
+		return name
+	}
+	return "system call " + strconv.Itoa(nr)
+}

@@ -1,0 +1,162 @@
+//go:build linux && amd64
+
+package ptrace
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"hotpatchd/patcher/target"
+	"hotpatchd/patcher/target/ptrace/hosttest"
+)
+
+// Every signal sent while threads are stopped, and calls made in them, arrives
+// once and with what it carried.
+func TestSignalsArrive(t *testing.T) {
+	b := newBackend(t)
+	h := hosttest.Start(t, demo(t, hosttest.Options{Spin: 1, Sleep: 1}))
+	var tid, sig int
+	if _, err := fmt.Sscanf(h.Do("receiver"), "receiver %d %d", &tid, &sig); err != nil {
+		t.Fatal(err)
+	}
+	p := openHost(t, b, h)
+	defer func(f func(a, b *candidate) bool) { before = f }(before)
+	before = func(a, b *candidate) bool { return a.tid == tid && b.tid != tid }
+	const signals = 3000
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for n := 1; n <= signals; n++ {
+			var info struct { // siginfo_t of rt_tgsigqueueinfo(2)
+				signo, errno, code, _ int32
+				pid, uid              int32
+				value                 uint64
+				_                     [96]byte
+			}
+			info.signo, info.code, info.value = int32(sig), -1 /* SI_QUEUE */, uint64(n)
+			for {
+				_, _, e := unix.Syscall6(unix.SYS_RT_TGSIGQUEUEINFO, uintptr(h.PID), uintptr(tid), uintptr(sig), uintptr(unsafe.Pointer(&info)), 0, 0)
+				if e != unix.EAGAIN {
+					break
+				}
+				time.Sleep(time.Millisecond)
+			}
+			if n%10 == 0 {
+				time.Sleep(200 * time.Microsecond)
+			}
+		}
+	})
+	at := free()
+	rounds := 0
+	for h.Stats().Signals < signals/2 && rounds < 3000 || rounds < 100 {
+		rounds++
+		if z, err := p.Freeze(context.Background()); err == nil {
+			thaw(t, z)
+		}
+		if err := p.Alloc(at, page, target.Read); err == nil {
+			must(t, "Free", retryBusy(func() error { return p.Free(at, page) }))
+		} else if !errors.Is(err, target.ErrBusy) {
+			t.Fatal(err)
+		}
+	}
+	wg.Wait()
+	until(t, "all signals arrive", func() bool { return h.Stats().Signals >= signals })
+	if s := h.Stats(); s.Signals != signals || s.Sum != signals*(signals+1)/2 {
+		t.Errorf("%d signals with sum %d, want %d with %d", s.Signals, s.Sum, signals, signals*(signals+1)/2)
+	}
+	t.Logf("%d rounds", rounds)
+	h.Healthy()
+}
+
+func retryBusy(f func() error) (err error) {
+	for range 100 {
+		if err = f(); !errors.Is(err, target.ErrBusy) {
+			return err
+		}
+	}
+	return err
+}
+
+// A program that is replaced again and again while it is worked on is never
+// changed by work that was meant for the program before.
+func TestExecMeanwhile(t *testing.T) {
+	b := newBackend(t)
+	h := hosttest.Start(t, demo(t, hosttest.Options{Spin: 1, Block: 1}))
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	execs := 0
+	wg.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				h.Exec()
+				execs++
+				if execs > 110 { // one block of counters a life
+					return
+				}
+			}
+		}
+	})
+	over := func(what string, err error) bool {
+		if err != nil && !errors.Is(err, target.ErrGone) && !errors.Is(err, target.ErrBusy) {
+			t.Errorf("%s: %v", what, err)
+		}
+		return err != nil
+	}
+	written := 0
+	for range 150 {
+		l, err := b.List(context.Background())
+		must(t, "List", err)
+		for _, i := range l {
+			if i.PID != h.PID {
+				continue
+			}
+			p, err := b.Open(context.Background(), i.ID)
+			if over("Open", err) {
+				continue
+			}
+			at := free()
+			err = p.Alloc(at, page, target.Read|target.Write)
+			if errors.Is(err, target.ErrUnsupported) {
+				err = target.ErrBusy // so young that it has not mapped libc
+			}
+			if !over("Alloc", err) {
+				_, err := p.WriteAt([]byte("mine"), at)
+				over("WriteAt", err)
+			}
+			if z, err := p.Freeze(context.Background()); !over("Freeze", err) {
+				// Frozen, it is the program that was opened: its own memory
+				// may be written, and is written back.
+				var was [16]byte
+				if _, err := p.ReadAt(was[:], hosttest.Probe); err == nil && was[0] == 0x5a {
+					_, err := p.WriteAt(make([]byte, 16), hosttest.Probe)
+					must(t, "WriteAt while frozen", err)
+					_, err = p.WriteAt(was[:], hosttest.Probe)
+					must(t, "WriteAt while frozen", err)
+					written++
+				}
+				thaw(t, z)
+			}
+			p.Close()
+		}
+	}
+	close(stop)
+	wg.Wait()
+	h.Runs()
+	p := openHost(t, b, h)
+	got := make([]byte, 4096)
+	if _, err := p.ReadAt(got, hosttest.Probe); err != nil || !bytes.Equal(got, bytes.Repeat([]byte{0x5a}, 4096)) {
+		t.Errorf("the probe page was written: %v", err)
+	}
+	t.Logf("%d execs, %d writes", execs, written)
+	h.Healthy()
+}
