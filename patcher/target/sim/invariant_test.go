@@ -59,7 +59,7 @@ func TestInvariant(t *testing.T) {
 		}, ""},
 		{"not flushed", func(t *testing.T, m *sim.Machine, p target.Process) {
 			rewrite(t, p, codeAt, newCode, false)
-		}, "instruction cache is stale at 700000010001"},
+		}, "threads let go while the instruction cache is stale at 700000010001"},
 		{"flushed", func(t *testing.T, m *sim.Machine, p target.Process) {
 			rewrite(t, p, codeAt, newCode, true)
 		}, ""},
@@ -77,7 +77,7 @@ func TestInvariant(t *testing.T) {
 		}, "thread 100 (running) goes on at 700000010002"},
 		{"pc inside one instruction that was rewritten", func(t *testing.T, m *sim.Machine, p target.Process) {
 			// It cannot stand there: no instruction begins at this place.
-			m.MoveThread(100, 100, codeAt+2)
+			m.MoveThread(100, 100, codeAt+1)
 			rewrite(t, p, codeAt, jump, true)
 		}, ""},
 		{"return address inside what was rewritten", func(t *testing.T, m *sim.Machine, p target.Process) {
@@ -142,6 +142,21 @@ func TestInvariant(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestStaleForNow: code that is stale is told of even when nobody was let go yet.
+func TestStaleForNow(t *testing.T) {
+	m, p := one(t)
+	f, err := p.Freeze(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Thaw()
+	p.WriteAt(newCode, codeAt)
+	if err := m.Invariant(100); err == nil || !strings.Contains(err.Error(), "process 100: the instruction cache is stale at 700000010001") {
+		t.Errorf("invariant: %v", err)
+	}
+	p.Flush(codeAt, len(newCode))
 }
 
 // TestExportsLeadSomewhere: a jump at an export into nothing, and the freeing

@@ -217,6 +217,44 @@ func TestModulesComeAndGo(t *testing.T) {
 	f.Thaw()
 }
 
+// TestChangeFollowsUs: what we map, protect and free is a change too, what we
+// write is none.
+func TestChangeFollowsUs(t *testing.T) {
+	m, p := one(t)
+	change := func() uint64 { return open(t, m, 100).Info().Change }
+	for _, c := range []struct {
+		name string
+		do   func() error
+		want bool
+	}{
+		{"nothing", func() error { return nil }, false},
+		{"alloc", func() error { return p.Alloc(codeAt+0x40000, 4096, target.Read|target.Write) }, true},
+		{"write", func() error { _, err := p.WriteAt(newCode, codeAt+0x40000); return err }, false},
+		{"protect", func() error { return p.Protect(codeAt+0x40000, 4096, target.Read) }, true},
+		{"freeze", func() error { rewrite(t, p, codeAt, newCode, true); return nil }, false},
+		{"free", func() error { return p.Free(codeAt+0x40000, 4096) }, true},
+	} {
+		before := change()
+		if err := c.do(); err != nil {
+			t.Fatalf("%s: %v", c.name, err)
+		}
+		if got := change() != before; got != c.want {
+			t.Errorf("%s: changed %v, want %v", c.name, got, c.want)
+		}
+	}
+}
+
+// TestFreeIsForOurs: a mistaken address must not unmap the program.
+func TestFreeIsForOurs(t *testing.T) {
+	m, p := one(t)
+	if err := p.Free(codeAt, 4096); err == nil {
+		t.Error("the program's own code is freed")
+	}
+	if _, err := m.Peek(100, codeAt, 1); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestDieReleases: whatever is held is let go when we die, and nothing of an
 // earlier life of ours works in a later one.
 func TestDieReleases(t *testing.T) {

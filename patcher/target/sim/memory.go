@@ -33,7 +33,7 @@ var zeros page
 
 // frame is a page's memory and what the instruction cache holds of it. The
 // arrays may be shared with another process (after a fork) or be the same one;
-// they are replaced, never changed, unless owned.
+// they are replaced, never changed, unless owned. What is owned is neither.
 type frame struct {
 	mem, cache         *page
 	ownsMem, ownsCache bool
@@ -205,7 +205,7 @@ func (s *memory) read(p []byte, at target.Addr, cache bool) {
 func (s *memory) write(p []byte, at target.Addr) {
 	eachPage(at, len(p), func(a target.Addr, from, to int) bool {
 		f := s.frame(a)
-		if !f.ownsMem || f.mem == f.cache {
+		if !f.ownsMem {
 			c := *f.mem
 			f.mem, f.ownsMem = &c, true
 		}

@@ -37,6 +37,7 @@ regions = [
   { at = 0x190000000, size = 0x40000000, prot = "---" },
   { at = 0x10000, size = 0x1000, kind = "heap", words = ["demo.dll!+0x1020", 2] },
   { at = 0x20000, size = 0x2000, prot = "r--", shared = true, kind = "file", path = "/shared" },
+  { at = 0x30000, size = 0x1000, prot = "r--", kind = "special", path = "[vvar]" },
 ]
 
 [[processes]]
@@ -45,6 +46,7 @@ denied = true
 [[faults]]
 op = "write"
 pid = 100
+at = 2
 do = "short"
 bytes = 2
 `
@@ -141,6 +143,18 @@ func TestFullScene(t *testing.T) {
 			t.Fatal(err)
 		}
 		return binary.LittleEndian.Uint64(b[:])
+	}
+	if n, err := p.WriteAt([]byte{1}, 0x20000); n != 0 || err == nil {
+		t.Errorf("a shared read-only file is written: %d, %v", n, err)
+	}
+	if n, err := p.ReadAt(make([]byte, 1), 0x20000); n != 1 || err != nil {
+		t.Errorf("a shared file is read: %d, %v", n, err)
+	}
+	if n, err := p.ReadAt(make([]byte, 1), 0x30000); n != 0 || err == nil {
+		t.Errorf("special memory is read: %d, %v", n, err)
+	}
+	if n, err := p.ReadAt(make([]byte, 1), 0x190000000); n != 0 || err == nil {
+		t.Errorf("memory without protection is read: %d, %v", n, err)
 	}
 	if got := word(0x10000); got != 0x180001020 {
 		t.Errorf("a word of the heap is %x", got)
@@ -333,7 +347,12 @@ func TestImageHeader(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	regions, err := open(t, m, 9).Regions()
+	p := open(t, m, 9)
+	// A protection that splits a mapping keeps the file offsets right.
+	if err := p.Protect(sp.Start+0x2000, 0x1000, target.Read|target.Write); err != nil {
+		t.Fatal(err)
+	}
+	regions, err := p.Regions()
 	if err != nil {
 		t.Fatal(err)
 	}
