@@ -2,6 +2,7 @@ package repository
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"time"
 
@@ -25,14 +26,17 @@ type Config struct {
 	Notice func(text string)
 }
 
-// Client fetches and verifies. Safe for concurrent use; refreshes and
-// downloads wait for each other.
+// Client fetches and verifies. Safe for concurrent use: refreshes wait for
+// refreshes and downloads for downloads; what is known can be asked for at any time.
 type Client struct {
 	cfg       Config
 	transport *transport
 	cache     *cache
 
-	mu      sync.Mutex // all below, and the cache folder
+	refreshing sync.Mutex // held while the network is asked for metadata
+	fetching   sync.Mutex // held while it is asked for releases
+
+	mu      sync.Mutex // all below; never held while waiting
 	root    []byte     // newest ever trusted
 	floors  Floors
 	catalog *Catalog // last verified, nil before the first
@@ -95,24 +99,32 @@ func (c *Client) Root() []byte {
 // now. On error everything stays as it was, but for a newer root and higher
 // floors where those were verified before the failure. Errors are *Error.
 func (c *Client) Refresh(ctx context.Context) (*Catalog, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	kept, keptFiles, err := c.cache.load(c.root)
+	c.refreshing.Lock()
+	defer c.refreshing.Unlock()
+	root := c.Root() // changed by refreshes only
+	kept, keptFiles, err := c.cache.load(root)
 	switch {
 	case err == nil:
 		// Versions that verified once are floors, even where the caller lost his.
-		c.floors = c.floors.raise(kept)
+		c.raise(kept)
 	case CodeOf(err) == CodeStorage:
 		return nil, err
 	default:
 		keptFiles = nil
 	}
-	set, s, err := verify(c.root, c.source(ctx, keptFiles), c.cfg.Now())
-	if keptFiles != nil && CodeOf(err) != "" && s.reused(keptFiles) {
+	set, s, err := verify(root, c.source(ctx, keptFiles), c.cfg.Now())
+	if keptFiles != nil && s.reused(keptFiles) && slices.Contains([]string{CodeSignature, CodeMixed, CodeDamaged}, CodeOf(err)) {
 		// A kept file may differ from one published again under its version.
-		set, s, err = verify(c.root, c.source(ctx, nil), c.cfg.Now())
+		set, s, err = verify(root, c.source(ctx, nil), c.cfg.Now())
 	}
 	return c.accept(set, s, err)
+}
+
+// raise lifts the floors to what verified.
+func (c *Client) raise(set *trustedSet) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.floors = c.floors.raise(set)
 }
 
 // accept takes over what a session verified, as far as it is not older than
@@ -121,19 +133,22 @@ func (c *Client) accept(set *trustedSet, s *session, err error) (*Catalog, error
 	if set.root == nil {
 		return nil, err
 	}
-	if err != nil && set.timestamp == nil && set.root.Signed.Version < c.floors.Root {
+	floors := c.Floors()
+	if err != nil && set.timestamp == nil && set.root.Signed.Version < floors.Root {
 		return nil, err // the newer roots may yet come: not reached is not rolled back
 	}
-	if rollback := c.floors.check(set); rollback != nil {
+	if rollback := floors.check(set); rollback != nil {
 		return nil, rollback
 	}
-	if set.root.Signed.Version > c.floors.Root || string(set.rootBytes) != string(c.root) {
+	if set.root.Signed.Version > floors.Root || string(set.rootBytes) != string(c.Root()) {
 		if err := writeFile(c.cache.rootPath(), set.rootBytes, 0o600); err != nil {
 			return nil, storage(err)
 		}
-		c.root = set.rootBytes
 	}
+	c.mu.Lock()
+	c.root = set.rootBytes
 	c.floors = c.floors.raise(set)
+	c.mu.Unlock()
 	if err != nil {
 		return nil, err
 	}
@@ -144,8 +159,22 @@ func (c *Client) accept(set *trustedSet, s *session, err error) (*Catalog, error
 	if err := c.cache.keep(set, s); err != nil {
 		return nil, err
 	}
-	c.catalog = catalog
+	c.know(catalog)
 	return catalog, nil
+}
+
+// know makes catalog the last verified one.
+func (c *Client) know(catalog *Catalog) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.catalog = catalog
+}
+
+// known is the last verified catalog of this process, nil before the first.
+func (c *Client) known() *Catalog {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.catalog
 }
 
 // source asks the network, but for versioned files that are kept already.
@@ -177,34 +206,35 @@ func (c *Client) read(set *trustedSet) (*Catalog, error) {
 		return nil, err
 	}
 	end, name := set.ends()
-	return &Catalog{Offers: offers, Skipped: skipped, Expires: end, ExpiresIn: name, Floors: c.floors, NewestRoot: set.rootBytes}, nil
+	return &Catalog{Offers: offers, Skipped: skipped, Expires: end, ExpiresIn: name, Floors: c.Floors(), NewestRoot: set.rootBytes}, nil
 }
 
 // Cached returns the last verified catalog without network, also when it has
-// ended (Catalog.Expires tells). Each call after New verifies what is on disk.
+// ended (Catalog.Expires tells). It does not wait for a refresh under way.
 func (c *Client) Cached() (*Catalog, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.cached()
-}
-
-func (c *Client) cached() (*Catalog, error) {
-	if c.catalog != nil {
-		return c.catalog, nil
+	if known := c.known(); known != nil {
+		return known, nil
 	}
-	set, _, err := c.cache.load(c.root)
+	set, _, err := c.cache.load(c.Root())
+	if known := c.known(); known != nil {
+		return known, nil // a refresh was faster, and its files are others
+	}
 	if err != nil {
 		return nil, err
 	}
-	if set.root.Signed.Version < c.floors.Root {
+	if floor := c.Floors().Root; set.root.Signed.Version < floor {
 		return nil, fail(CodeRollback, &metadata.ErrBadVersionNumber{Msg: "root.json"},
-			"the newest root kept here has version %d, but this device has trusted version %d: the repository has to be reached first", set.root.Signed.Version, c.floors.Root)
+			"the newest root kept here has version %d, but this device has trusted version %d: the repository has to be reached first", set.root.Signed.Version, floor)
 	}
-	c.floors = c.floors.raise(set)
+	c.raise(set)
 	catalog, err := c.read(set)
 	if err != nil {
 		return nil, err
 	}
-	c.catalog = catalog
-	return catalog, nil
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.catalog == nil {
+		c.catalog = catalog
+	}
+	return c.catalog, nil
 }

@@ -19,8 +19,8 @@ import (
 // the repository. A download that was cut short goes on where it stopped, also
 // after a restart. Errors are *Error; what came so far is kept for the next try.
 func (c *Client) Fetch(ctx context.Context, o Offer) ([]byte, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
+	c.fetching.Lock()
+	defer c.fetching.Unlock()
 	if b, err := os.ReadFile(c.cache.target(o.SHA256)); err == nil {
 		if matches(o, b) {
 			return b, nil
@@ -162,8 +162,8 @@ func matches(o Offer, b []byte) bool {
 // Prune removes cached releases whose hash keep refuses, and downloads that
 // were never finished. It touches nothing that was applied.
 func (c *Client) Prune(keep func(sha256 string) bool) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
+	c.fetching.Lock()
+	defer c.fetching.Unlock()
 	entries, err := os.ReadDir(c.cache.target(""))
 	if err != nil {
 		return storage(err)
@@ -181,9 +181,7 @@ func (c *Client) Prune(keep func(sha256 string) bool) error {
 // VerifyFile tells which offer a lone release file is: trusted metadata that
 // has not ended must name its length and hash.
 func (c *Client) VerifyFile(b []byte) (Offer, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	catalog, err := c.cached()
+	catalog, err := c.Cached()
 	if err != nil {
 		return Offer{}, err
 	}

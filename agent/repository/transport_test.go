@@ -119,6 +119,42 @@ func TestDocumentDeadline(t *testing.T) {
 	}
 }
 
+// A server that hangs keeps nobody from what is known.
+func TestKnownWhileWaiting(t *testing.T) {
+	f := newFixture(t)
+	hang := false
+	asked := make(chan string, 4)
+	ctx, cancel := context.WithCancel(t.Context())
+	s := f.serve(func(w http.ResponseWriter, r *http.Request) bool {
+		if hang {
+			asked <- r.URL.Path
+			<-ctx.Done()
+		}
+		return false
+	})
+	dir := t.TempDir()
+	o := mustRefresh(t, f.clientIn(s.URL, dir, Floors{})).Offers[0]
+	c := f.clientIn(s.URL, dir, Floors{})
+	hang = true
+	done := make(chan error, 2)
+	go func() { _, err := c.Refresh(ctx); done <- err }()
+	go func() { _, err := c.Fetch(ctx, o); done <- err }()
+	<-asked
+	<-asked
+	if catalog, err := c.Cached(); err != nil || len(catalog.Offers) != 1 || c.Floors().Timestamp != 1 {
+		t.Errorf("%+v %v", catalog, err)
+	}
+	if _, err := c.VerifyFile(container(t, "ACME-1", 1, 5000)); err != nil {
+		t.Error(err)
+	}
+	cancel()
+	for range 2 {
+		if err := <-done; CodeOf(err) != CodeUnreachable {
+			t.Errorf("%v", err)
+		}
+	}
+}
+
 func TestStopped(t *testing.T) {
 	f := newFixture(t)
 	ctx, cancel := context.WithCancel(t.Context())
