@@ -19,7 +19,7 @@ import (
 // lies below a stack pointer there is somebody else's, and a remote system call
 // that takes it for free room destroys it.
 func TestRemoteCallsInProgramWithItsOwnStacks(t *testing.T) {
-	cmd := exec.Command(program(t), "pe-host", "--image", hosttest.Fixture(t, "demo/demo.dll"), "--threads", "2", "--sleepers", "6", "--allow", "42")
+	cmd := exec.Command(program(t, "hotpatchd"), "pe-host", "--image", hosttest.Fixture(t, "demo/demo.dll"), "--threads", "2", "--sleepers", "6", "--allow", "42")
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)

@@ -25,9 +25,16 @@ type device struct {
 	t      testing.TB
 	dir    string
 	config string
+	set    settings
+	as     *syscall.Credential // whom the daemon runs as; nil: as the test
 	client *control.Client
 	proc   *exec.Cmd
 	ended  chan error
+}
+
+// settings are what a test may want otherwise in config.toml.
+type settings struct {
+	state, socket, group, url, root, products, images, policy string
 }
 
 // patience bounds every wait of the end-to-end tests; machines may be loaded.
@@ -35,36 +42,34 @@ const patience = 60 * time.Second
 
 var built struct {
 	sync.Once
-	path string
-	err  error
+	dir string
+	err error
 }
 
-// program builds hotpatchd once.
-func program(t testing.TB) string {
+// program builds the daemon and the operator's command once.
+func program(t testing.TB, name string) string {
 	t.Helper()
 	built.Do(func() {
-		dir, err := os.MkdirTemp("", "hotpatchd-e2e-")
-		if err != nil {
-			built.err = err
+		if built.dir, built.err = os.MkdirTemp("", "hotpatchd-e2e-"); built.err != nil {
 			return
 		}
-		built.path = filepath.Join(dir, "hotpatchd")
-		if out, err := exec.Command("go", "build", "-o", built.path, "hotpatchd/cmd/hotpatchd").CombinedOutput(); err != nil {
+		// Other users run them too.
+		if built.err = os.Chmod(built.dir, 0o755); built.err != nil {
+			return
+		}
+		if out, err := exec.Command("go", "build", "-o", built.dir, "hotpatchd/cmd/hotpatchd", "hotpatchd/cmd/hotpatch").CombinedOutput(); err != nil {
 			built.err = fmt.Errorf("%v: %s", err, out)
 		}
 	})
 	if built.err != nil {
 		t.Fatal(built.err)
 	}
-	return built.path
+	return filepath.Join(built.dir, name)
 }
 
-func TestMain(m *testing.M) {
-	code := m.Run()
-	if built.path != "" {
-		os.RemoveAll(filepath.Dir(built.path))
-	}
-	os.Exit(code)
+func need(t testing.TB, format string, args ...any) {
+	t.Helper()
+	hosttest.Need(t, format, args...)
 }
 
 // fix is one release to be published: hotpatch images of the fixtures.
@@ -77,31 +82,57 @@ type fix struct {
 func newDevice(t testing.TB, fixes ...fix) *device {
 	t.Helper()
 	if _, err := exec.LookPath("gcc"); err != nil {
-		hosttest.Need(t, "gcc (apt-get install gcc libc6-dev)")
+		need(t, "gcc (apt-get install gcc libc6-dev)")
 	}
 	d := &device{t: t, dir: t.TempDir()}
+	// Other users go through it: to the socket, and to images of their own.
+	for _, dir := range []string{d.dir, filepath.Dir(d.dir)} {
+		if err := os.Chmod(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
 	d.config = d.path("config.toml")
 	if _, err := repository.GenerateKeys(d.path("keys")); err != nil {
 		t.Fatal(err)
 	}
 	d.publish(fixes...)
 	d.policy("")
-	d.write("config.toml", fmt.Sprintf(`format = "hotpatchd-config/1"
+	d.configure(settings{state: d.path("state"), socket: d.path("s"), url: "file://" + d.path("repo"), root: d.path("repo/root.json"), policy: d.path("policy.toml")})
+	t.Cleanup(func() { d.stop(); d.client.Close() })
+	return d
+}
+
+// configure writes config.toml.
+func (d *device) configure(s settings) {
+	d.t.Helper()
+	d.set = s
+	text := fmt.Sprintf(`format = "hotpatchd-config/1"
 state_dir = %q
 [control]
 socket = %q
+group = %q
 [repository]
 url = %q
 root = %q
-check_every = "1s"
+%s%scheck_every = "1s"
 [backend]
 scan_every = "100ms"
 [policy]
 file = %q
-`, d.path("state"), d.path("s"), "file://"+d.path("repo"), d.path("repo/root.json"), d.path("policy.toml")))
-	d.client = control.Dial(d.path("s"))
-	t.Cleanup(func() { d.stop(); d.client.Close() })
-	return d
+`, s.state, s.socket, s.group, s.url, s.root, line("products", s.products), line("images", s.images), s.policy)
+	d.write("config.toml", text)
+	if d.client != nil {
+		d.client.Close()
+	}
+	d.client = control.Dial(s.socket)
+}
+
+// line is one list of one pattern in TOML, nothing for none.
+func line(key, value string) string {
+	if value == "" {
+		return ""
+	}
+	return fmt.Sprintf("%s = [%q]\n", key, value)
 }
 
 func (d *device) path(name string) string { return filepath.Join(d.dir, name) }
@@ -174,7 +205,8 @@ func (d *device) launch() {
 		d.t.Fatal(err)
 	}
 	defer log.Close()
-	d.proc = exec.Command(program(d.t), "run", "--config", d.config, "--log", "json")
+	d.proc = exec.Command(program(d.t, "hotpatchd"), "run", "--config", d.config, "--log", "json")
+	d.proc.SysProcAttr = &syscall.SysProcAttr{Credential: d.as}
 	d.proc.Stdout, d.proc.Stderr = log, log
 	if err := d.proc.Start(); err != nil {
 		d.t.Fatal(err)
