@@ -45,7 +45,23 @@ type stage interface {
 	calls(pid int) (n, wrong uint64, err error)
 	daemon(config string) error // starts the daemon
 	kill() error                // ends it as SIGKILL does
+	operator(socket string) operator
 	close()
+}
+
+// operator is what the story asks of the daemon: *control.Client, or the
+// service itself where this system has no control socket yet.
+type operator interface {
+	Status(ctx context.Context) (*control.Status, error)
+	Eligibility(ctx context.Context) (*control.Eligibility, error)
+	Offers(ctx context.Context) (*control.Offers, error)
+	Processes(ctx context.Context, q control.ProcessQuery) (*control.Processes, error)
+	Check(ctx context.Context) (*control.Status, error)
+	Plan(ctx context.Context, q control.PlanQuery) (*control.Plan, error)
+	Install(ctx context.Context, r control.InstallRequest, progress func(control.Event)) (*control.Change, error)
+	Rollback(ctx context.Context, r control.RollbackRequest, progress func(control.Event)) (*control.Change, error)
+	Verify(ctx context.Context) (*control.Verify, error)
+	Close()
 }
 
 // story is the demonstration: each claim is asserted, the first false one ends it.
@@ -53,7 +69,7 @@ type story struct {
 	stage  stage
 	out    io.Writer
 	dir    string
-	client *control.Client
+	client operator
 	pids   []int
 }
 
@@ -183,7 +199,7 @@ func (d *story) prepare(ctx context.Context) error {
 	if err := d.stage.daemon(d.path("config.toml")); err != nil {
 		return err
 	}
-	d.client = control.Dial(d.path("control.sock"))
+	d.client = d.stage.operator(d.path("control.sock"))
 	return d.until(ctx, "the daemon answers", func() (bool, error) {
 		st, err := d.client.Status(ctx)
 		return err == nil && st.State != control.Unknown, nil
