@@ -24,6 +24,7 @@ type fakeService struct {
 	install  InstallRequest
 	events   []Event    // what a subscriber gets first
 	live     chan Event // what he gets then; closed: the stream ends
+	left     chan bool  // one for each subscriber that has gone
 	progress []Event
 	docs     map[string]any // answers by method, instead of filled ones
 }
@@ -114,7 +115,7 @@ func (f *fakeService) Diagnose(_ context.Context, c Caller) ([]byte, error) {
 func (f *fakeService) Subscribe(ctx context.Context, c Caller) (<-chan Event, error) {
 	ch := make(chan Event)
 	go func() {
-		defer close(ch)
+		defer func() { close(ch); f.left <- true }()
 		for _, e := range f.events {
 			select {
 			case ch <- e:
@@ -230,7 +231,7 @@ func (r *running) reported() string {
 // start serves a fake service on a real socket; tweak changes the server before it serves.
 func start(t *testing.T, tweak func(*Server)) *running {
 	t.Helper()
-	r := &running{fake: &fakeService{live: make(chan Event)}, caller: rootCaller}
+	r := &running{fake: &fakeService{live: make(chan Event), left: make(chan bool, 100)}, caller: rootCaller}
 	r.socket = filepath.Join(shortDir(t), "c.sock")
 	r.Server = NewServer(Config{Service: r.fake, Group: "hotpatch", Version: "1.2", Now: func() time.Time { return testNow },
 		Report: func(c Caller, err error) {

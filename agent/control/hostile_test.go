@@ -366,11 +366,10 @@ func TestReaderThatDoesNotRead(t *testing.T) {
 	defer c.Close()
 	io.WriteString(c, "GET /v1/events HTTP/1.1\r\nHost: hotpatchd\r\n\r\n")
 	stop := time.After(deadline)
-	gone := false
-	for i := 0; !gone; i++ {
+	for gone := false; !gone; {
 		select {
 		case r.fake.live <- Event{Type: EventImage, Text: strings.Repeat("x", 1<<16)}:
-		case <-time.After(2 * time.Second): // nobody takes it any more
+		case <-r.fake.left:
 			gone = true
 		case <-stop:
 			t.Fatal("the peer is still served")

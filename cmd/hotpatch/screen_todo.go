@@ -1,0 +1,100 @@
+package main
+
+import (
+	"fmt"
+	"strings"
+
+	"hotpatchd/agent/control"
+)
+
+// remedies are what ends an open image, as a person would do it.
+var remedies = map[control.Remedy]string{
+	control.RemedyWait:           "nothing: tried again by itself; a restart of the process ends it too",
+	control.RemedyRestartProcess: "restart the process",
+	control.RemedyRestartDevice:  "restart the device",
+	control.RemedyBaseline:       "install the baseline, with one restart",
+	control.RemedyPolicy:         "change the policy, or accept it until the next baseline",
+	control.RemedyAuthor:         "ask the author of the release for one that fits",
+}
+
+// toDo are the last lines: what ends what is open, and the next command.
+func (s *screen) toDo(p *page, st *control.Status, rows []exception) {
+	var cells [][]string
+	for _, r := range rows[:min(len(rows), maxListed)] {
+		if text := remedies[r.image.Remedy]; text != "" {
+			cells = append(cells, []string{fmt.Sprintf("%s %d", program(r.process.Exe), r.process.PID), text})
+		}
+	}
+	for _, a := range st.Attention {
+		if a.Code == "torn" || a.Code == "repository" { // said above already
+			continue
+		}
+		text := a.Text
+		if r, ok := remedies[control.Remedy(a.Remedy)]; ok {
+			text += ": " + r
+		} else if a.Remedy != "" && a.Remedy != "none" {
+			text += ": " + a.Remedy
+		}
+		cells = append(cells, []string{a.Severity, text})
+	}
+	if cmd := nextCommand(st); cmd != "" {
+		cells = append(cells, []string{"", cmd})
+	}
+	if len(cells) == 0 {
+		return
+	}
+	p.blank()
+	for i, c := range cells {
+		label := ""
+		if i == 0 {
+			label = "To do"
+		}
+		head := pad(label, statusColumn)
+		if c[0] == "" {
+			p.line("%s%s", head, clean(c[1]))
+			continue
+		}
+		name := pad(shorten(clean(c[0]), 24), 17) + " "
+		for n, l := range wrap(clean(c[1]), width-statusColumn-len([]rune(name))) {
+			if n > 0 {
+				head, name = pad("", statusColumn), pad("", len([]rune(name)))
+			}
+			p.line("%s%s%s", head, name, l)
+		}
+	}
+}
+
+func nextCommand(st *control.Status) string {
+	switch {
+	case st.State == control.Ineligible || !st.Eligible && st.State != control.Unknown:
+		return "hotpatch eligibility"
+	case st.State == control.Held && len(st.Holds) > 0:
+		return "hotpatch install " + st.Holds[0].ID
+	case st.State == control.Unknown && st.Repository.LastCheck.IsZero():
+		return "hotpatch check"
+	case st.State == control.Unknown:
+		return "hotpatch wait --for settled"
+	case st.State == control.BaselineRequired:
+		return "hotpatch list"
+	case st.Coverage.Open() > 0:
+		return "hotpatch processes --vulnerable"
+	case st.Coverage.OtherBuild > 0:
+		return "hotpatch processes"
+	}
+	return ""
+}
+
+// checked shows what a refresh of the repository came to.
+func (s *screen) checked(st *control.Status) string {
+	p := &page{}
+	if e := st.Repository.Error; e != nil {
+		p.verdict(s, bad, "FAILED", e.Text)
+	} else {
+		p.verdict(s, good, "CHECKED", fmt.Sprintf("%s answers; its metadata is good until %s.", st.Repository.URL, s.date(st.Repository.Expires, st.Generated)))
+	}
+	colour, text := s.sentence(st)
+	p.verdict(s, colour, strings.ToUpper(string(st.State)), text)
+	p.blank()
+	p.line("hotpatch list shows what it offers.")
+	return p.String()
+}
