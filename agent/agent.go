@@ -88,10 +88,14 @@ type Agent struct {
 	rows      map[rowKey]row
 	notices   []control.Attention
 	dirty     bool
+	again     time.Time // when the next attempt is due, zero if none waits
+	hour      hour      // as of the last publication
 	freeze    string // the backend's sentence
 
-	recMu   sync.Mutex
-	records map[string]patcher.Record
+	recMu      sync.Mutex
+	records    map[string]patcher.Record
+	stateErr   error // the last write of the state failed
+	stateSince time.Time
 
 	shown   atomic.Pointer[snapshot]
 	hub     hub
@@ -276,15 +280,8 @@ func (a *Agent) call(ctx context.Context, fn func()) error {
 // something is to be tried again.
 func (a *Agent) nextWake() time.Duration {
 	d := a.o.Config.Backend.ScanEvery
-	now := a.o.Now()
-	for _, p := range a.procs {
-		for _, im := range p.images {
-			for _, t := range im.Tried {
-				if t.State == control.Busy {
-					d = min(d, max(t.Next.Sub(now), time.Millisecond))
-				}
-			}
-		}
+	if !a.again.IsZero() {
+		d = min(d, max(a.again.Sub(a.o.Now()), time.Millisecond))
 	}
 	return d
 }

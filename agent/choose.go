@@ -30,6 +30,25 @@ type wishes struct {
 	Installed map[string]bool   // ids the operator asked for, for mode manual and for releases off their ring
 	InForce   map[string]string // product → id in force
 	Floors    map[string]uint32 // product and baseline → highest sequence ever in force
+	Broken    map[string]reason // id → why a release that metadata names cannot be used here
+}
+
+// word tells whether somebody's word takes a release out: a hold, or a halt
+// that says so. Nothing else ever does.
+func (w wishes) word(id string, offers []repository.Offer) (reason, bool) {
+	if r, held := w.Hold(id); held {
+		return r, true
+	}
+	for i := range offers {
+		if o := &offers[i]; o.ID == id && o.Rollout.Halt && o.Rollout.Undo {
+			return halted(*o), true
+		}
+	}
+	return reason{}, false
+}
+
+func halted(o repository.Offer) reason {
+	return because("halted", "its publisher halted it: %s", cmp.Or(o.Rollout.Reason, "no reason given"))
 }
 
 // choice is what one product should come to on this device.
@@ -38,16 +57,13 @@ type choice struct {
 	Want    *repository.Offer // nil: nothing should be in force
 	Latest  *repository.Offer // the highest that is for this device, wanted or not
 	Why     reason            // why Latest is not Want
-	Undo    bool              // Want is nil by somebody's word: what is applied is taken out
 }
 
 // fits tells why an offer is not for this device at all; ok means it is.
-func fits(o repository.Offer, d device, w wishes) (reason, bool) {
+func fits(o repository.Offer, d device) (reason, bool) {
 	switch {
 	case o.Kind != release.KindHotpatch:
 		return because("baseline-kind", "it is a baseline: not available yet"), false
-	case len(w.Products) > 0 && !MatchAny(w.Products, o.Product):
-		return because("out-of-scope", "product %s is outside [repository] products", o.Product), false
 	case len(o.OS) > 0 && !slices.Contains(o.OS, d.OS):
 		return because("os", "it is for %v, this is %s", o.OS, d.OS), false
 	case len(o.Arch) > 0 && !slices.Contains(o.Arch, d.Arch):
@@ -58,13 +74,47 @@ func fits(o repository.Offer, d device, w wishes) (reason, bool) {
 	return reason{}, true
 }
 
+// installable tells whether an operator may bring an offer into force: his word
+// is enough for what rollouts and mode manual hold back.
+func installable(o repository.Offer, d device, w wishes) (reason, bool) {
+	if r, ok := fits(o, d); !ok {
+		return r, false
+	}
+	if r, held := w.Hold(o.ID); held {
+		return r, false
+	}
+	if o.Rollout.Halt {
+		return halted(o), false
+	}
+	if !w.inScope(o.Product) {
+		return outOfScope(o.Product), false
+	}
+	r, broken := w.Broken[o.ID]
+	return r, !broken
+}
+
+func (w wishes) inScope(product string) bool {
+	return len(w.Products) == 0 || MatchAny(w.Products, product)
+}
+
+func outOfScope(product string) reason {
+	return because("out-of-scope", "product %s is outside [repository] products", product)
+}
+
 // allowed tells whether an offer that fits may come into force here and now.
 func allowed(o repository.Offer, d device, w wishes, now time.Time, fresh bool) (reason, bool) {
 	if r, held := w.Hold(o.ID); held {
 		return r, false
 	}
-	if o.Rollout.Halt {
-		return because("halted", "its publisher halted it: %s", cmp.Or(o.Rollout.Reason, "no reason given")), false
+	if !w.inScope(o.Product) {
+		return outOfScope(o.Product), false
+	}
+	if r, broken := w.Broken[o.ID]; broken {
+		return r, false
+	}
+	// What is in force stays so while its publisher only says that nobody else should take it.
+	if o.Rollout.Halt && (o.Rollout.Undo || w.InForce[o.Product] != o.ID) {
+		return halted(o), false
 	}
 	if w.InForce[o.Product] == o.ID || w.Installed[o.ID] && fresh {
 		return reason{}, true
@@ -85,44 +135,44 @@ func allowed(o repository.Offer, d device, w wishes, now time.Time, fresh bool) 
 // choose decides for each product which release should be in force. It is
 // pure. A hotpatch is cumulative: the highest sequence that fits and is
 // allowed replaces all lower ones. Below the highest sequence ever in force
-// only somebody's word leads: a hold or a halt.
+// only somebody's word leads, about what is in force.
 func choose(offers []repository.Offer, d device, w wishes, now time.Time, fresh bool) map[string]choice {
 	byProduct := map[string][]repository.Offer{}
 	for _, o := range offers {
-		if _, ok := fits(o, d, w); ok {
+		if _, ok := fits(o, d); ok {
 			byProduct[o.Product] = append(byProduct[o.Product], o)
 		}
 	}
 	out := map[string]choice{}
 	for product, list := range byProduct {
-		slices.SortFunc(list, func(a, b repository.Offer) int { return cmp.Compare(b.Sequence, a.Sequence) })
+		slices.SortFunc(list, highest)
 		c := choice{Product: product, Latest: &list[0]}
-		worded := false // a release above was taken out by a word
+		_, down := w.word(w.InForce[product], offers) // what is in force is taken out
 		for i := range list {
 			o := &list[i]
 			r, ok := allowed(*o, d, w, now, fresh)
-			if ok && !worded && w.InForce[product] != o.ID && o.Sequence < w.Floors[floorKey(*o)] {
-				r, ok = because("rollback", "sequence %d is below %d, which was in force here", o.Sequence, w.Floors[floorKey(*o)]), false
+			if floor := w.Floors[floorKey(*o)]; ok && !down && w.InForce[product] != o.ID && o.Sequence < floor {
+				r, ok = because("rollback", "sequence %d is below %d, which was in force here", o.Sequence, floor), false
 			}
 			if ok {
 				c.Want = o
 				break
 			}
-			if r.Code == "held" || r.Code == "halted" && o.Rollout.Undo {
-				worded, c.Undo = true, true
-			}
 			if i == 0 {
 				c.Why = r
 			}
-			// What is in force stays while the network, the clock or a halt without undo speak.
-			if w.InForce[product] == o.ID && r.Code == "halted" && !o.Rollout.Undo {
-				c.Want = o
-				break
+			if _, worded := w.word(o.ID, offers); worded && w.InForce[product] == "" {
+				down = true // what was in force was taken out before
 			}
 		}
 		out[product] = c
 	}
 	return out
+}
+
+// highest orders the offers of one product: the highest sequence first.
+func highest(a, b repository.Offer) int {
+	return cmp.Or(cmp.Compare(b.Sequence, a.Sequence), cmp.Compare(a.ID, b.ID))
 }
 
 // floorKey names the line within which sequences grow.

@@ -1,6 +1,9 @@
 package agent
 
 import (
+	"maps"
+	"slices"
+	"strings"
 	"time"
 
 	"hotpatchd/agent/control"
@@ -19,7 +22,9 @@ type View struct {
 	Closed   bool     // outside the policy's hours
 	Forced   string   // product whose release an operator asked for just now: hours do not matter
 	Choices  map[string]choice
-	Deny     func(info target.Info, image string) (reason, bool)
+	Word     func(release string) (reason, bool) // somebody's word takes this release out
+	Ready    func(release string) bool           // verified and loaded
+	Deny     func(info target.Info, name, path string) (reason, bool)
 	InScope  func(image string) bool
 	Procs    []Proc
 }
@@ -44,7 +49,7 @@ type ImageView struct {
 
 // Try is how the last attempt on an image ended.
 type Try struct {
-	Release  string // release it was for
+	Release  string // what it was: an id, or one of the words below and an id
 	State    control.ImageState
 	Reason   reason
 	Detail   string // with addresses and bytes: for administrators
@@ -60,9 +65,10 @@ type Kind string
 
 const (
 	DoNothing Kind = ""
-	DoApply   Kind = "apply"
-	DoUndo    Kind = "undo"
+	DoRecover Kind = "recover" // a record says that work was under way: memory decides how it ended
 	DoAdopt   Kind = "adopt"
+	DoUndo    Kind = "undo"
+	DoApply   Kind = "apply"
 )
 
 // Intent is what should be done to one image for one product, and why; or what
@@ -72,188 +78,245 @@ type Intent struct {
 	Proc    *Proc
 	Image   *ImageView
 	Product string
-	Offer   *repository.Offer // apply; or the release the image is judged by
+	Offer   *repository.Offer // apply; or the release the image is judged by, nil if none
 	Claim   *patcher.Claim    // adopt
 	State   control.ImageState
 	Reason  reason
 	Remedy  control.Remedy
 	Since   time.Time
+	Try     *Try      // the last attempt, where it is what State tells of
+	Again   time.Time // when it is tried again, zero if nothing waits for time
+}
+
+// what names the attempt that an intent is, as Try.Release does.
+func (in Intent) what() string {
+	switch in.Kind {
+	case DoRecover:
+		return "recover " + in.Image.Records[in.Product].Release
+	case DoAdopt:
+		return "adopt " + in.Claim.Release
+	case DoUndo:
+		return "undo " + in.Image.Records[in.Product].Release
+	}
+	return in.Offer.ID
 }
 
 // decide is pure: what should be done about every image that a release names.
+// The order is that of the processes and images, then of the products' names.
 func decide(v View) []Intent {
 	var out []Intent
 	for i := range v.Procs {
 		p := &v.Procs[i]
 		for j := range p.Images {
-			out = append(out, decideImage(v, p, &p.Images[j])...)
-		}
-	}
-	return out
-}
-
-func decideImage(v View, p *Proc, im *ImageView) []Intent {
-	var out []Intent
-	seen := map[string]bool{}
-	for product, c := range v.Choices {
-		seen[product] = true
-		if in, ok := decideProduct(v, p, im, c); ok {
-			out = append(out, in)
-		}
-	}
-	// Products that the repository no longer offers, or never did: what is
-	// applied stays, and what claims to be ours is looked into.
-	for product, r := range im.Records {
-		if !seen[product] && r.Live() {
-			seen[product] = true
-			out = append(out, standing(p, im, r, nil))
-		}
-	}
-	for k := range im.Claims {
-		if cl := &im.Claims[k]; !seen[cl.Product] {
-			out = append(out, Intent{Kind: DoAdopt, Proc: p, Image: im, Product: cl.Product, Claim: cl, State: control.PendingImage})
-		}
-	}
-	return out
-}
-
-// decideProduct judges one image by one product; false if the product does not name it.
-func decideProduct(v View, p *Proc, im *ImageView, c choice) (Intent, bool) {
-	in := Intent{Proc: p, Image: im, Product: c.Product, Offer: c.Want}
-	judged := c.Want
-	if judged == nil {
-		judged, in.Offer = c.Latest, c.Latest
-	}
-	named, same := match(judged, im)
-	rec, has := im.Records[c.Product]
-	live := has && rec.Live()
-	if !named && !same && !live {
-		for k := range im.Claims {
-			if im.Claims[k].Product == c.Product {
-				in.Kind, in.Claim, in.State = DoAdopt, &im.Claims[k], control.PendingImage
-				return in, true
+			im := &p.Images[j]
+			for _, product := range productsOf(v, im) {
+				if in, ok := decideProduct(v, p, im, product); ok {
+					out = append(out, in)
+				}
 			}
 		}
-		return in, false
 	}
-	// A patch of ours without a record comes first: memory is the truth.
+	return out
+}
+
+// productsOf lists what could concern an image: what is offered, and what was
+// once, as far as it left something behind.
+func productsOf(v View, im *ImageView) []string {
+	all := map[string]bool{}
+	for product := range v.Choices {
+		all[product] = true
+	}
+	for product := range im.Records {
+		all[product] = true
+	}
+	for i := range im.Claims {
+		all[im.Claims[i].Product] = true
+	}
+	return slices.Sorted(maps.Keys(all))
+}
+
+// decideProduct judges one image by one product; false if the product has
+// nothing to do with it. Memory comes first: what was under way is brought to
+// an end, what is ours without a record is adopted, and only then the wish counts.
+func decideProduct(v View, p *Proc, im *ImageView, product string) (Intent, bool) {
+	c := v.Choices[product]
+	in := Intent{Proc: p, Image: im, Product: product, Offer: c.Want}
+	if in.Offer == nil {
+		in.Offer = c.Latest
+	}
+	rec := im.Records[product]
+	live := rec.Live()
+	if unsettled(rec) {
+		return in.do(v, DoRecover), true
+	}
 	if !live {
 		for k := range im.Claims {
-			if im.Claims[k].Product == c.Product {
-				if t, tried := im.Tried[c.Product]; tried && t.Release == "adopt "+im.Claims[k].Release && t.Change == p.Info.Change {
-					return in.as(t), true
-				}
-				in.Kind, in.Claim, in.State = DoAdopt, &im.Claims[k], control.PendingImage
-				return in, true
+			if in.Claim = &im.Claims[k]; in.Claim.Product == product {
+				return in.do(v, DoAdopt), true
 			}
 		}
+		in.Claim = nil
 	}
-	if live && rec.State == patcher.TornUp {
-		return standing(p, im, rec, judged), true
+	if live {
+		return decideLive(v, in, rec, c), true
 	}
-	if c.Want == nil {
-		if live && c.Undo {
-			in.Kind, in.Reason = DoUndo, c.Why
-			return in.unless(v, rec), true
-		}
-		if live {
-			return standing(p, im, rec, judged), true
-		}
+	named, same := match(in.Offer, im)
+	switch {
+	case !named:
+		return in, false
+	case !same:
+		return in.otherBuild(), true
+	case c.Want == nil:
 		in.State, in.Reason, in.Remedy = control.Unpatched, c.Why, remedyFor(c.Why)
-		if !same {
-			in.otherBuild(im)
+		if blocks[c.Why.Code] {
+			in.State = control.Blocked
 		}
 		return in, true
 	}
-	if live && rec.Release == c.Want.ID {
-		return standing(p, im, rec, judged), true
-	}
-	if live && !same {
-		in.Kind, in.Reason = DoUndo, because("replaced", "%s no longer names this image", c.Want.ID)
-		return in.unless(v, rec), true
-	}
-	if !same {
-		in.otherBuild(im)
+	in.State = control.Unpatched
+	if in, stands := v.gate(in); stands {
 		return in, true
 	}
-	return decideApply(v, p, im, in, rec, live), true
+	return in.do(v, DoApply), true
 }
 
-// decideApply: the image is the base of the wanted release and does not run it.
-func decideApply(v View, p *Proc, im *ImageView, in Intent, rec patcher.Record, live bool) Intent {
-	in.State = control.Unpatched
-	if live {
-		in.State = control.Patched // an older sequence goes on meanwhile
+// decideLive: a patch of ours is in force in the image. It stays, unless
+// somebody's word takes it out or the wanted release, in force here and now, replaces it.
+func decideLive(v View, in Intent, rec patcher.Record, c choice) Intent {
+	in.State, in.Since = control.Patched, rec.At
+	if rec.State == patcher.TornUp {
+		in.State, in.Remedy = control.Torn, control.RemedyRestartProcess
+		in.Reason = because("torn", "an entry could not be written back: restart the process")
+		return in
 	}
+	_, same := match(c.Want, in.Image)
+	if r, out := v.Word(rec.Release); out {
+		return takeOut(v, in, rec, c.Want, same, r)
+	}
+	if c.Want == nil || rec.Release == c.Want.ID {
+		if t, ok := in.Image.Tried[in.Product]; ok && t.State == control.Drifted {
+			return in.as(t) // an undo that was called off found somebody else's bytes
+		}
+		return in
+	}
+	if in, stands := v.gate(in); stands {
+		return in
+	}
+	if !same {
+		in.Reason = because("replaced", "%s no longer names this image", c.Want.ID)
+		return in.do(v, DoUndo)
+	}
+	return in.do(v, DoApply)
+}
+
+// takeOutWithin is how long the release before may find threads in its way
+// before what was taken out is undone without it: an operator stops a bad fix.
+const takeOutWithin = 10 * time.Second
+
+// takeOut obeys a word: pause, hours, rules and eligibility hold back what is
+// new, never this. The release before comes back if it can; if it is refused
+// here, nothing is better than what was taken out.
+func takeOut(v View, in Intent, rec patcher.Record, want *repository.Offer, same bool, word reason) Intent {
+	in.State, in.Reason = control.PendingImage, word
+	t := in.Image.Tried[in.Product]
+	refused := t.Release == "undo "+rec.Release
+	if want != nil && t.Release == want.ID {
+		switch t.State {
+		case control.Blocked, control.OtherBuild, control.Failed:
+			refused = true
+		case control.Busy:
+			refused = v.Now.Sub(t.Since) > takeOutWithin
+		}
+	}
+	if want == nil || !same || refused {
+		return in.do(v, DoUndo)
+	}
+	if want.Sequence > rec.Sequence { // not back but on: that is new work
+		if held, stands := v.gate(in); stands && held.Reason.Code != "loading" {
+			return in.do(v, DoUndo)
+		}
+	}
+	if !v.Ready(want.ID) {
+		return in // its load ends, well or not
+	}
+	return in.do(v, DoApply)
+}
+
+// gate tells what holds back new work on an image. The intent comes in with
+// the state that the image keeps meanwhile.
+func (v View) gate(in Intent) (Intent, bool) {
+	info, im := in.Proc.Info, in.Image
+	denied, isDenied := v.Deny(info, im.Name, im.Path)
 	switch {
 	case !v.InScope(im.Name):
 		in.State, in.Reason, in.Remedy = control.Blocked, because("out-of-scope", "%s is outside [repository] images", im.Name), control.RemedyPolicy
-		return in
 	case v.Paused.Code != "":
 		in.Reason, in.Remedy = v.Paused, control.RemedyPolicy
-		return in
 	case !v.Eligible:
-		in.Reason, in.Remedy = because("not-eligible", "the device is not eligible: %v", v.Fails), control.RemedyPolicy
-		return in
-	}
-	if r, denied := v.Deny(p.Info, im.Name); denied {
-		in.State, in.Reason, in.Remedy = control.Blocked, r, control.RemedyPolicy
-		return in
-	}
-	if v.Closed && v.Forced != in.Product {
+		in.Reason, in.Remedy = because("not-eligible", "the device is not eligible: %s", strings.Join(v.Fails, ", ")), control.RemedyPolicy
+	case isDenied:
+		in.State, in.Reason, in.Remedy = control.Blocked, denied, control.RemedyPolicy
+	case v.Closed && v.Forced != in.Product:
 		in.State, in.Reason, in.Remedy = control.PendingImage, because("hours", "outside the policy's hours"), control.RemedyWait
+	case !v.Ready(in.Offer.ID):
+		in.State, in.Reason, in.Remedy = control.PendingImage, because("loading", "%s is being fetched and verified", in.Offer.ID), control.RemedyWait
+	default:
+		return in, false
+	}
+	return in, true
+}
+
+// do makes the intent an action, or, while the last attempt of the same is
+// recent and nothing has changed since, repeats how that one ended.
+func (in Intent) do(v View, kind Kind) Intent {
+	in.Kind, in.State, in.Remedy = kind, control.PendingImage, control.RemedyWait
+	t, ok := in.Image.Tried[in.Product]
+	if !ok || t.Release != in.what() {
 		return in
 	}
-	if t, ok := im.Tried[in.Product]; ok && t.Release == in.Offer.ID && t.Change == p.Info.Change && v.Now.Before(t.Next) && v.Forced != in.Product {
-		return in.as(t)
+	// A change of the process is a reason to look again, but not after an attempt
+	// that came far enough to have changed it itself.
+	changed := t.Change != in.Proc.Info.Change && t.State != control.Busy && t.State != control.Failed
+	waits := v.Now.Before(t.Next) && !changed && v.Forced != in.Product
+	in = in.as(t)
+	if waits {
+		in.Kind, in.Again = DoNothing, t.Next
 	}
-	in.Kind, in.State = DoApply, control.PendingImage
 	return in
 }
 
-// as repeats how the last attempt ended.
+// as tells how the last attempt ended: also while its turn has come again.
 func (in Intent) as(t Try) Intent {
-	in.State, in.Reason, in.Remedy, in.Since = t.State, t.Reason, t.Remedy, t.Since
+	in.State, in.Reason, in.Remedy, in.Since, in.Try = t.State, t.Reason, t.Remedy, t.Since, &t
 	return in
 }
 
-// unless holds an undo back while its last attempt is recent.
-func (in Intent) unless(v View, rec patcher.Record) Intent {
-	in.State = control.PendingImage
-	if t, ok := in.Image.Tried[in.Product]; ok && t.Release == "undo "+rec.Release && v.Now.Before(t.Next) && v.Forced != in.Product {
-		in.Kind = DoNothing
-		return in.as(t)
-	}
-	return in
-}
-
-func (in *Intent) otherBuild(im *ImageView) {
+func (in Intent) otherBuild() Intent {
 	in.State, in.Remedy = control.OtherBuild, control.RemedyAuthor
-	in.Reason = because("identity", "this build (time stamp %08x) is not one that %s names", im.Identity.TimeDateStamp, in.Offer.ID)
-}
-
-// standing reports a record in force.
-func standing(p *Proc, im *ImageView, rec patcher.Record, judged *repository.Offer) Intent {
-	in := Intent{Proc: p, Image: im, Product: rec.Product, Offer: judged, State: control.Patched, Since: rec.At}
-	switch rec.State {
-	case patcher.TornUp:
-		in.State, in.Remedy = control.Torn, control.RemedyRestartProcess
-		in.Reason = because("torn", "an entry could not be written back: restart the process")
-	case patcher.Swapping, patcher.Undoing:
-		in.State = control.PendingImage
-	}
-	if t, ok := im.Tried[rec.Product]; ok && t.State == control.Drifted {
-		return in.as(t)
-	}
+	in.Reason = because("identity", "this build (time stamp %08x) is not one that %s names", in.Image.Identity.TimeDateStamp, in.Offer.ID)
 	return in
 }
+
+// unsettled: work was under way when we died, or when the state could not be written.
+func unsettled(r patcher.Record) bool {
+	switch r.State {
+	case patcher.Staging, patcher.Swapping, patcher.Undoing:
+		return true
+	}
+	return false
+}
+
+// blocks are the reasons that no word of an operator stands behind.
+var blocks = map[string]bool{"out-of-scope": true, "feature": true, "damaged": true, "fetch": true}
 
 func remedyFor(r reason) control.Remedy {
 	switch r.Code {
-	case "not-before", "ring", "expired":
+	case "not-before", "ring", "expired", "fetch":
 		return control.RemedyWait
 	case "baseline":
 		return control.RemedyBaseline
+	case "feature", "damaged":
+		return control.RemedyAuthor
 	}
 	return control.RemedyPolicy
 }

@@ -1,7 +1,9 @@
 package agent
 
 import (
+	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"strconv"
@@ -39,6 +41,30 @@ type state interface {
 	Close() error
 }
 
+// errState is why nothing is done when the state cannot be written.
+var errState = errors.New("the state cannot be written")
+
+// update changes the state, and remembers whether that works: status says so.
+// What fn itself refuses is not the state's trouble.
+func (a *Agent) update(fn func(*store.Tx) error) error {
+	var refused error
+	err := a.store.Update(func(tx *store.Tx) error { refused = fn(tx); return refused })
+	if err != nil && refused == nil {
+		err = fmt.Errorf("%w: %w", errState, err)
+	}
+	a.recMu.Lock()
+	defer a.recMu.Unlock()
+	switch broken := errors.Is(err, errState); {
+	case broken && a.stateErr == nil:
+		a.stateErr, a.stateSince = err, a.o.Now()
+		a.log.Error("the state cannot be written", zap.Error(err))
+	case !broken && a.stateErr != nil:
+		a.stateErr = nil
+		a.log.Info("the state can be written again")
+	}
+	return err
+}
+
 // own is the daemon as its own caller.
 var own = control.Caller{UID: os.Getuid(), GID: os.Getgid(), PID: os.Getpid(), User: "hotpatchd", Admin: true}
 
@@ -60,11 +86,10 @@ func (a *Agent) journal(r patcher.Record, info target.Info, by control.Caller) e
 		keep = false
 	case patcher.Gave:
 		if keep = r.Previous != nil; keep {
-			stored = *r.Previous
-			stored.Boot, stored.State, stored.At = a.o.Boot, patcher.Applied, r.At
+			stored = former(r)
 		}
 	}
-	err := a.store.Update(func(tx *store.Tx) error {
+	err := a.update(func(tx *store.Tx) error {
 		if keep {
 			b, err := json.Marshal(stored)
 			if err != nil {
@@ -111,7 +136,7 @@ func historyOf(r patcher.Record, info target.Info) (control.HistoryEntry, bool) 
 	case patcher.TornUp:
 		e.Action, e.Text = "torn", r.Note
 	case patcher.Lost:
-		e.Action, e.Text = "over", "the process or the image is not there any more"
+		e.Action, e.Text = "over", cmp.Or(r.Note, "the process or the image is not there any more")
 	case patcher.Gave:
 		e.Action, e.Text = "given-up", r.Note
 	default:
@@ -128,7 +153,7 @@ func stamped(e control.HistoryEntry, by control.Caller, a *Agent) control.Histor
 
 // history appends one line. It cannot stop what has happened: an error is loud, not fatal.
 func (a *Agent) history(by control.Caller, e control.HistoryEntry) {
-	err := a.store.Update(func(tx *store.Tx) error {
+	err := a.update(func(tx *store.Tx) error {
 		_, err := tx.Append(stamped(e, by, a))
 		return err
 	})
@@ -146,20 +171,32 @@ func setting(tx *store.Tx, key string, v any) error {
 	return tx.Set(key, b)
 }
 
-// record finds the record of a life, an image base and a product.
+// recordsOf finds the records of a life and an image base, by product. Where
+// an annex waits for its turn, nothing of it is in force: the older sequence is.
 func (a *Agent) recordsOf(id target.ID, base target.Addr) map[string]patcher.Record {
 	a.recMu.Lock()
 	defer a.recMu.Unlock()
 	var out map[string]patcher.Record
 	for _, r := range a.records {
-		if r.ID == id && r.Base == base {
-			if out == nil {
-				out = map[string]patcher.Record{}
-			}
-			out[r.Product] = r
+		if r.ID != id || r.Base != base {
+			continue
 		}
+		if out == nil {
+			out = map[string]patcher.Record{}
+		}
+		if r.State == patcher.Staged && r.Previous != nil {
+			r = former(r)
+		}
+		out[r.Product] = r
 	}
 	return out
+}
+
+// former is the record of the older sequence that r replaces: in force as long as r is not.
+func former(r patcher.Record) patcher.Record {
+	p := *r.Previous
+	p.Boot, p.State, p.At = r.Boot, patcher.Applied, r.At
+	return p
 }
 
 func (a *Agent) allRecords() []patcher.Record {

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -33,57 +35,121 @@ func (a *Agent) pass(ctx context.Context, forced string, progress progressFunc) 
 	if !changed && !a.dirty && forced == "" && !a.due() {
 		return
 	}
-	a.dirty = false
+	a.dirty = true // until a round finds nothing more to do
 	for range maxRounds {
-		v, w := a.view(forced)
-		a.comeIntoForce(ctx, v, w)
-		work := decide(v)
-		if !a.perform(ctx, work, own, progress) {
+		if !a.round(ctx, forced, progress) {
+			a.dirty = false
 			break
 		}
 	}
 	a.publish()
 }
 
-// due tells whether something is to be tried again.
-func (a *Agent) due() bool {
-	now := a.o.Now()
-	for _, p := range a.procs {
-		for _, im := range p.images {
-			for _, t := range im.Tried {
-				if !t.Next.IsZero() && !now.Before(t.Next) {
-					return true
-				}
-			}
+// round decides once and carries it out; true if another one is called for.
+// What memory says comes first: only when every patch of ours has its record is
+// it known what is in force here, and then a release may come into force.
+func (a *Agent) round(ctx context.Context, forced string, progress progressFunc) bool {
+	v, w := a.view(forced)
+	work := decide(v)
+	if truth := kinds(work, DoRecover, DoAdopt); len(truth) > 0 {
+		if a.perform(ctx, truth, own, progress) {
+			return true
+		}
+		v, w = a.view(forced)
+		work = decide(v)
+	}
+	if a.comeIntoForce(ctx, v, w, work) {
+		v, _ = a.view(forced)
+		work = decide(v)
+	}
+	return a.perform(ctx, kinds(work, DoUndo, DoApply), own, progress)
+}
+
+func kinds(all []Intent, wanted ...Kind) []Intent {
+	var out []Intent
+	for _, in := range all {
+		if slices.Contains(wanted, in.Kind) {
+			out = append(out, in)
 		}
 	}
-	return false
+	return out
+}
+
+// due tells whether time alone calls for another turn: something is to be
+// tried again, metadata ended, a rollout or the policy's hours began.
+func (a *Agent) due() bool {
+	now := a.o.Now()
+	return !a.again.IsZero() && !now.Before(a.again) || a.hourOf(now) != a.hour
+}
+
+// hour is what of a decision depends on time alone.
+type hour struct {
+	fresh, soon, closed bool
+	begun               int // releases whose rollout has begun
+}
+
+func (a *Agent) hourOf(now time.Time) hour {
+	h := hour{fresh: a.fresh(now), soon: !a.expires.IsZero() && a.expires.Sub(now) < expirySoon, closed: a.closed(now)}
+	for _, o := range a.offers {
+		if o.Rollout.NotBefore != nil && !now.Before(*o.Rollout.NotBefore) {
+			h.begun++
+		}
+	}
+	return h
 }
 
 // comeIntoForce loads the releases that are wanted and notes, before the first
-// process is touched, that they are in force here.
-func (a *Agent) comeIntoForce(ctx context.Context, v View, w wishes) {
-	for product, c := range v.Choices {
-		if c.Want == nil {
-			if w.InForce[product] != "" && c.Undo {
-				a.setInForce(product, nil)
-			}
-			continue
+// process is touched, that they are in force here. It reports whether that changed.
+func (a *Agent) comeIntoForce(ctx context.Context, v View, w wishes, work []Intent) (changed bool) {
+	for id := range w.Broken { // what could not be fetched may come yet
+		if o, ok := a.offerOf(id); ok {
+			a.want(ctx, o)
 		}
-		l := a.want(ctx, *c.Want)
-		if l == nil || l.problem.Code != "" || w.InForce[product] == c.Want.ID {
-			continue
-		}
-		if !v.Eligible || v.Paused.Code != "" {
-			continue
-		}
-		a.setInForce(product, c.Want)
 	}
+	taken := map[string]uint32{} // by product, the sequence that somebody's word takes out of a process
+	unknown := map[string]bool{} // products of which patches are still looked into
+	for _, in := range work {
+		if rec, ok := in.Image.Records[in.Product]; ok && rec.Live() {
+			if _, out := v.Word(rec.Release); out {
+				taken[in.Product] = max(taken[in.Product], rec.Sequence)
+			}
+		}
+		if in.Kind == DoAdopt || in.Kind == DoRecover {
+			unknown[in.Product] = true
+		}
+	}
+	products := map[string]bool{}
+	for product := range v.Choices {
+		products[product] = true
+	}
+	for product := range w.InForce {
+		products[product] = true
+	}
+	for _, product := range slices.Sorted(maps.Keys(products)) {
+		now, o := w.InForce[product], v.Choices[product].Want
+		out := false
+		if now != "" {
+			_, out = v.Word(now)
+		}
+		// Pause and eligibility hold back what is new, not the way back.
+		gated := o != nil && (!v.Eligible || v.Paused.Code != "") && taken[product] <= o.Sequence
+		switch {
+		case o == nil || gated:
+			if out {
+				changed = a.setInForce(product, nil) || changed
+			}
+		case a.want(ctx, *o) == nil || !a.ready(o.ID) || now == o.ID || unknown[product]:
+		default:
+			changed = a.setInForce(product, o) || changed
+		}
+	}
+	return changed
 }
 
-// setInForce notes the release of a product in force, with its sequence floor.
-func (a *Agent) setInForce(product string, o *repository.Offer) {
-	err := a.store.Update(func(tx *store.Tx) error {
+// setInForce notes the release of a product in force, with its sequence floor;
+// nil: none. It reports whether that is on disk.
+func (a *Agent) setInForce(product string, o *repository.Offer) bool {
+	err := a.update(func(tx *store.Tx) error {
 		all := inForceIn(tx)
 		e := control.HistoryEntry{Product: product}
 		if o == nil {
@@ -106,15 +172,16 @@ func (a *Agent) setInForce(product string, o *repository.Offer) {
 		return err
 	})
 	if err != nil {
-		a.notice("state", control.SeverityError, "the state cannot be written; nothing new is applied", err.Error())
-		return
+		return false // said by update
 	}
-	id := ""
-	if o != nil {
-		id = o.ID
+	if o == nil {
+		a.log.Info("no release in force", zap.String("product", product))
+		a.hub.send(control.Event{Type: control.EventRelease, Text: "no release of " + product + " is in force any more", Scope: control.Scope{Public: true}})
+		return true
 	}
-	a.log.Info("release in force", zap.String("product", product), zap.String("id", id))
-	a.hub.send(control.Event{Type: control.EventRelease, Release: id, Text: "release in force: " + id, Scope: control.Scope{Public: true}})
+	a.log.Info("release in force", zap.String("product", product), zap.String("id", o.ID))
+	a.hub.send(control.Event{Type: control.EventRelease, Release: o.ID, Text: "release in force: " + o.ID, Scope: control.Scope{Public: true}})
+	return true
 }
 
 // outcome is how one intent ended.
@@ -131,13 +198,8 @@ func (a *Agent) perform(ctx context.Context, all []Intent, by control.Caller, pr
 	byLife := map[target.ID][]Intent{}
 	var order []target.ID
 	for _, in := range all {
-		if in.Kind == DoNothing {
-			continue
-		}
-		if in.Kind == DoApply {
-			if l := a.releases[in.Offer.ID]; l == nil || l.problem.Code != "" {
-				continue // being loaded, or refused: said by publish
-			}
+		if in.Kind == DoAdopt && !a.known(ctx, in.Claim.Release) {
+			continue // being loaded: its end wakes the loop
 		}
 		if byLife[in.Proc.Info.ID] == nil {
 			order = append(order, in.Proc.Info.ID)
@@ -190,7 +252,11 @@ func (a *Agent) settle(o outcome) bool {
 		}
 		if o.done {
 			delete(im.Tried, o.intent.Product)
-			im.Claims = nil // a record stands for them now, or nothing does
+			// A record stands for them now, or nothing does.
+			im.Claims = slices.DeleteFunc(im.Claims, func(c patcher.Claim) bool { return c.Product == o.intent.Product })
+			if o.intent.Kind == DoAdopt {
+				a.adopted(*o.intent.Claim)
+			}
 			return true
 		}
 		if o.try != nil {
@@ -205,6 +271,16 @@ func (a *Agent) settle(o outcome) bool {
 		}
 	}
 	return false
+}
+
+// adopted: a lost state has lost what is in force, too. What was adopted was
+// vouched for by a verified release, and is in force as a matter of fact.
+func (a *Agent) adopted(c patcher.Claim) {
+	w := a.wishes()
+	o, ok := a.offerOf(c.Release)
+	if _, out := w.word(c.Release, a.allOffers()); ok && !out && w.InForce[c.Product] == "" {
+		a.setInForce(c.Product, &o)
+	}
 }
 
 // Waits before an image is tried again. Every one is bounded; none is zero.
@@ -258,6 +334,8 @@ func (a *Agent) work(ctx context.Context, list []Intent, by control.Caller) []ou
 		switch in.Kind {
 		case DoApply:
 			err = a.apply(ctx, x, p, in)
+		case DoRecover:
+			_, err = x.Recover(ctx, p, in.Image.Records[in.Product])
 		case DoUndo:
 			_, err = x.Undo(ctx, p, in.Image.Records[in.Product])
 		case DoAdopt:
@@ -308,15 +386,12 @@ func (a *Agent) apply(ctx context.Context, x *patcher.Patcher, p target.Process,
 // adopt takes over a patch of ours that has no record.
 func (a *Agent) adopt(ctx context.Context, x *patcher.Patcher, p target.Process, in Intent) error {
 	l := a.releases[in.Claim.Release]
-	if l == nil || l.problem.Code != "" {
-		o, ok := a.offerOf(in.Claim.Release)
-		if !ok {
-			return &patcher.Refusal{Reason: patcher.Blocked, Code: "unknown-release", Remedy: patcher.Wait,
-				Text: "patched by " + in.Claim.Release + ", which no verified metadata names"}
-		}
-		if l = a.load(ctx, o); l.problem.Code != "" {
-			return &patcher.Refusal{Reason: patcher.Blocked, Code: l.problem.Code, Remedy: patcher.Wait, Text: l.problem.Text}
-		}
+	if l == nil {
+		return &patcher.Refusal{Reason: patcher.Blocked, Code: "unknown-release", Remedy: patcher.Wait,
+			Text: "patched by " + in.Claim.Release + ", which no verified metadata names"}
+	}
+	if l.problem.Code != "" {
+		return &patcher.Refusal{Reason: patcher.Blocked, Code: l.problem.Code, Remedy: patcher.Wait, Text: l.problem.Text}
 	}
 	base, err := loadedAt(p, in.Image.Base)
 	if err != nil {
@@ -362,26 +437,22 @@ func (a *Agent) failed(in Intent, err error) outcome {
 		return o
 	}
 	t := Try{State: control.Failed, Since: a.o.Now(), Attempts: 1, Remedy: control.RemedyWait, Reason: because("failed", "could not be done; nothing was changed"), Detail: err.Error()}
-	if in.Offer != nil {
-		t.Release = in.Offer.ID
-	}
-	switch in.Kind {
-	case DoUndo:
-		t.Release = "undo " + in.Image.Records[in.Product].Release
-	case DoAdopt:
-		t.Release = "adopt " + in.Claim.Release
+	if in.Kind != DoNothing {
+		t.Release = in.what()
 	}
 	var r *patcher.Refusal
 	switch {
 	case errors.As(err, &r):
 		t.State, t.Remedy = control.ImageState(r.Reason), control.Remedy(r.Remedy)
 		t.Reason = reason{r.Code, r.Text}
+	case errors.Is(err, errState):
+		t.Reason = because("state", "the state cannot be written: nothing is begun without it")
 	case errors.Is(err, target.ErrDenied):
 		t.State, t.Remedy, t.Reason = control.Blocked, control.RemedyPolicy, because("denied", "the system refuses access to the process")
 	case errors.Is(err, target.ErrBusy):
 		t.State, t.Reason = control.Busy, because("freeze", "a thread could not be stopped in time")
 	case errors.Is(err, errUnloaded):
-		t.State, t.Reason = control.Failed, because("unloaded", "the image was unloaded meanwhile")
+		t.Reason = because("unloaded", "the image was unloaded meanwhile")
 	}
 	a.log.Info("not done", zap.String("what", string(in.Kind)), zap.Int("pid", in.Proc.Info.PID), zap.String("image", in.Image.Name),
 		zap.String("state", string(t.State)), zap.String("code", t.Reason.Code), zap.String("text", t.Reason.Text), zap.String("detail", t.Detail))

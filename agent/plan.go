@@ -116,7 +116,7 @@ func (a *Agent) planImage(ctx context.Context, p target.Process, im *imageState,
 		return
 	}
 	out.State, out.ReasonCode, out.Reason, out.Remedy = control.Patched, "", "", control.RemedyNone
-	if r, denied := a.deniedByPolicy(p.Info(), im.Name); denied {
+	if r, denied := a.deniedByPolicy(p.Info(), im.Name, im.Path); denied {
 		out.State, out.ReasonCode, out.Reason, out.Remedy = control.Blocked, r.Code, r.Text, control.RemedyPolicy
 	}
 	if plan.Previous != nil {
@@ -130,16 +130,18 @@ func (a *Agent) planImage(ctx context.Context, p target.Process, im *imageState,
 	}
 }
 
-// deniedByPolicy tells whether the policy denies an image in a process.
-func (a *Agent) deniedByPolicy(info target.Info, image string) (reason, bool) {
+// deniedByPolicy tells whether the policy denies an image, by its name or by
+// the path of its file, in a process.
+func (a *Agent) deniedByPolicy(info target.Info, name, path string) (reason, bool) {
 	if a.policy == nil {
 		return reason{}, false
 	}
-	d, ok := a.policy.Denied(programOf(info), info.User, image)
-	if !ok {
-		return reason{}, false
+	for _, image := range []string{name, path} {
+		if d, ok := a.policy.Denied(programOf(info), info.User, image); ok {
+			return because("denied", "denied by policy: %s", d), true
+		}
 	}
-	return because("denied", "denied by policy: %s", d), true
+	return reason{}, false
 }
 
 // showPlan adds the places byte by byte, and counts the threads in the way now.
@@ -147,8 +149,10 @@ func (a *Agent) showPlan(ctx context.Context, p target.Process, plan *patcher.Pl
 	for i, w := range plan.Places() {
 		s := control.Site{Name: w.Function, RVA: control.Addr(w.RVA), Address: control.Addr(w.At), Kind: w.Kind,
 			OldBytes: hex.EncodeToString(w.Old), NewBytes: hex.EncodeToString(w.New), OldText: []string{}, NewText: []string{}, Order: i + 1}
-		for _, l := range patcher.Disassemble(w.Old, w.At) {
-			s.OldText = append(s.OldText, l.Text)
+		for _, l := range patcher.Disassemble(stands(p, w), w.At) {
+			if l.At < w.At+target.Addr(len(w.Old)) {
+				s.OldText = append(s.OldText, l.Text)
+			}
 		}
 		for _, l := range patcher.Disassemble(w.New, w.At) {
 			s.NewText = append(s.NewText, l.Text)
@@ -182,6 +186,16 @@ func (a *Agent) showPlan(ctx context.Context, p target.Process, plan *patcher.Pl
 		proc.Inside = 1 // the first one found is named
 		out.Reason, out.ReasonCode, out.Remedy = r.Text, r.Code, control.RemedyWait
 	}
+}
+
+// stands is what stands at a place now, with the rest of the last instruction.
+func stands(p target.Process, w patcher.Place) []byte {
+	const instruction = 15
+	b := make([]byte, len(w.Old)+instruction)
+	if _, err := p.ReadAt(b, w.At); err != nil {
+		return w.Old
+	}
+	return b
 }
 
 func (a *Agent) refused(out *control.PlannedImage, err error) {

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -30,7 +31,10 @@ type loaded struct {
 	problem  reason
 }
 
-// retryLoadAfter is how long a release that could not be loaded is left alone.
+// codeFetch is the one problem of a release that time may end.
+const codeFetch = "fetch"
+
+// retryLoadAfter is how long a release that could not be fetched is left alone.
 const retryLoadAfter = time.Minute
 
 // openRepository makes the client and takes what was verified before, so that
@@ -99,7 +103,7 @@ func (a *Agent) refresh(ctx context.Context) error {
 	floors := a.client.Floors()
 	a.checkMu.Unlock()
 	cerr := a.call(ctx, func() {
-		if serr := a.store.Update(func(tx *store.Tx) error { return setting(tx, settingFloors, floors) }); serr != nil {
+		if serr := a.update(func(tx *store.Tx) error { return setting(tx, settingFloors, floors) }); serr != nil {
 			a.log.Error("cannot keep the repository's versions", zap.Error(serr))
 		}
 		a.dirty = true
@@ -134,7 +138,7 @@ func (a *Agent) load(ctx context.Context, o repository.Offer) *loaded {
 	l := &loaded{offer: o}
 	b, err := a.bytesOf(ctx, o)
 	if err != nil {
-		l.problem = because("fetch", "cannot fetch %s: %v", o.ID, err)
+		l.problem = because(codeFetch, "cannot fetch %s: %v", o.ID, err)
 		return l
 	}
 	r, err := release.Open(b)
@@ -210,10 +214,12 @@ func (a *Agent) keepLocal(id string, b []byte) error {
 	return err
 }
 
-// want makes sure a release is being loaded; the loop goes on meanwhile.
+// want makes sure a release is being loaded; the loop goes on meanwhile. nil:
+// its load is under way. What was refused as it is stays refused; what could
+// not be fetched is tried again after a while.
 func (a *Agent) want(ctx context.Context, o repository.Offer) *loaded {
 	if l := a.releases[o.ID]; l != nil && l.offer.SHA256 == o.SHA256 {
-		if l.problem.Code == "" || a.o.Now().Before(a.retryLoad[o.ID]) {
+		if l.problem.Code != codeFetch || a.o.Now().Before(a.retryLoad[o.ID]) {
 			return l
 		}
 	}
@@ -227,8 +233,33 @@ func (a *Agent) want(ctx context.Context, o repository.Offer) *loaded {
 	return nil
 }
 
-// keep takes a loaded release into use.
+// ready tells whether a release is verified and loaded.
+func (a *Agent) ready(id string) bool {
+	l := a.releases[id]
+	return l != nil && l.problem.Code == ""
+}
+
+// known tells whether all is known about a release that can be known now: it
+// is false while it is being loaded.
+func (a *Agent) known(ctx context.Context, id string) bool {
+	o, ok := a.offerOf(id)
+	return !ok || a.want(ctx, o) != nil
+}
+
+// broken lists the releases that metadata names and that cannot be used here, and why.
+func (a *Agent) broken() map[string]reason {
+	out := map[string]reason{}
+	for id, l := range a.releases {
+		if o, ok := a.offerOf(id); ok && l.problem.Code != "" && l.offer.SHA256 == o.SHA256 {
+			out[id] = l.problem
+		}
+	}
+	return out
+}
+
+// keep takes a loaded release into use. One that cannot be used is said once.
 func (a *Agent) keep(l *loaded) {
+	old := a.releases[l.offer.ID]
 	a.releases[l.offer.ID] = l
 	a.dirty = true
 	if l.problem.Code == "" {
@@ -236,16 +267,19 @@ func (a *Agent) keep(l *loaded) {
 		return
 	}
 	a.retryLoad[l.offer.ID] = a.o.Now().Add(retryLoadAfter)
+	if old != nil && old.problem == l.problem {
+		return
+	}
 	a.log.Error("release refused", zap.String("id", l.offer.ID), zap.String("code", l.problem.Code), zap.String("text", l.problem.Text))
 	a.history(own, control.HistoryEntry{Action: "release-refused", Release: l.offer.ID, Product: l.offer.Product, Text: l.problem.Text})
 }
 
-// allOffers are those of the repository and those that came as files.
+// allOffers are those of the repository, then those that came as files, by id.
 func (a *Agent) allOffers() []repository.Offer {
 	out := slices.Clone(a.offers)
-	for _, o := range a.local {
-		if !slices.ContainsFunc(out, func(x repository.Offer) bool { return x.ID == o.ID }) {
-			out = append(out, o)
+	for _, id := range slices.Sorted(maps.Keys(a.local)) {
+		if !slices.ContainsFunc(a.offers, func(x repository.Offer) bool { return x.ID == id }) {
+			out = append(out, a.local[id])
 		}
 	}
 	return out

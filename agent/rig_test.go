@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"os/user"
@@ -29,7 +30,9 @@ const fixtures = "../testdata/fixtures"
 
 // patience is how long a condition may take on a machine that is busy with
 // other things. Nothing is ever concluded from time passing, except failure.
-const patience = 60 * time.Second
+var patience = 60 * time.Second
+
+func init() { flag.DurationVar(&patience, "patience", patience, "how long a condition may take") }
 
 // rig is one simulated device: machine, repository, clock, and the daemon.
 type rig struct {
@@ -84,7 +87,7 @@ func newRig(t *testing.T, scene *sim.Scene) *rig {
 		}
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	m, err := sim.New(scene, os.DirFS(fixtures))
+	m, err := sim.New(scene, sceneFiles())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -39,10 +39,11 @@ func init() {
 		"exit":   (*script).doExit,   // PID
 		"exec":   (*script).doExec,   // PID MODULE…
 		"fork":   (*script).doFork,   // PID LABEL
-		"load":   (*script).doLoad,   // PID FILE
+		"load":   (*script).doLoad,   // PID FILE [base= name=]
 		"unload": (*script).doUnload, // PID NAME
 		"thread": (*script).doThread, // PID THREAD WHERE
-		"poke":   (*script).doPoke,   // PID MODULE!EXPORT HEX
+		"poke":   (*script).doPoke,   // PID MODULE!EXPORT HEX | kept
+		"keep":   (*script).doKeep,   // PID MODULE!EXPORT
 		"guard":  (*script).doGuard,  // PID [CODE TEXT]
 		"deny":   (*script).doDeny,   // PID true|false
 		"fault":  (*script).doFault,  // EFFECT [at= op= pid= times= bytes= module= thread= pc=]
@@ -59,6 +60,7 @@ func init() {
 		"fact":   (*script).doFact,   // CHECK [VALUE]
 		"policy": (*script).doPolicy, // SECTION | none
 		"config": (*script).doConfig, // [products=] [images=]
+		"hours":  (*script).doHours,  // open | closed: HOURS in policy.toml
 		"delete": func(s *script, w []string) error { return os.Remove(filepath.Join(s.cfg.StateDir, arg(w, 0))) },
 		"damage": (*script).doDamage, // FILE of the state folder
 		"pass":   (*script).doPass,   // one whole turn of the loop
@@ -409,11 +411,30 @@ func (s *script) doPoke(words []string) error {
 	if err != nil {
 		return err
 	}
-	b, err := hex.DecodeString(arg(words, 2))
+	b := s.kept
+	if arg(words, 2) != "kept" {
+		if b, err = hex.DecodeString(arg(words, 2)); err != nil {
+			return err
+		}
+	}
+	return s.m.Poke(pid, at, b)
+}
+
+// doKeep remembers the first bytes of an export, for "poke PID PLACE kept".
+func (s *script) doKeep(words []string) error {
+	pid, err := s.pid(arg(words, 0))
 	if err != nil {
 		return err
 	}
-	return s.m.Poke(pid, at, b)
+	module, export, err := place(arg(words, 1))
+	if err != nil {
+		return err
+	}
+	at, err := s.m.Export(pid, module, export)
+	if err == nil {
+		s.kept, err = s.m.Peek(pid, at, 16)
+	}
+	return err
 }
 
 func (s *script) doGuard(words []string) error {
@@ -425,4 +446,15 @@ func (s *script) doGuard(words []string) error {
 		return s.m.SetGuards(pid)
 	}
 	return s.m.SetGuards(pid, target.Guard{Code: target.GuardCode(words[1]), Text: arg(words, 2)})
+}
+
+// doHours makes the policy's hours open or closed just now.
+func (s *script) doHours(words []string) error {
+	from := s.now().Add(6 * time.Hour)
+	if arg(words, 0) == "open" {
+		from = s.now().Add(-6 * time.Hour)
+	}
+	window := from.Format("15:04") + "-" + from.Add(12*time.Hour).Format("15:04")
+	s.write("policy.toml", strings.ReplaceAll(s.sections["policy.toml"], "HOURS", window))
+	return nil
 }

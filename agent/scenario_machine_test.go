@@ -90,8 +90,16 @@ func (s *script) doLoad(words []string) error {
 	if err != nil {
 		return err
 	}
+	words, opts, err := options(words, "base", "name")
+	if err != nil {
+		return err
+	}
+	x := sim.Module{File: arg(words, 1), Name: opts["name"]}
+	if at, ok := opts["base"]; ok {
+		x.Base = at
+	}
 	return s.until(func() string {
-		if _, err := s.m.LoadModule(pid, sim.Module{File: arg(words, 1)}); err != nil {
+		if _, err := s.m.LoadModule(pid, x); err != nil {
 			return err.Error()
 		}
 		return ""

@@ -54,6 +54,7 @@ type script struct {
 	sections map[string]string
 	labels   map[string]int // names of processes whose pid the machine chose
 	traces   map[string]*trace
+	kept     []byte          // by "keep"
 	change   *control.Change // outcome of the last command that changes things
 	failure  error           // of the last command that began with !
 }

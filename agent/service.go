@@ -8,9 +8,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"hotpatchd/agent/control"
@@ -89,30 +91,32 @@ func (a *Agent) offerFor(id string) (repository.Offer, *control.Error) {
 		return o, nil
 	}
 	w, d := a.wishes(), a.deviceFor()
-	var best *repository.Offer
+	top := map[string]*repository.Offer{} // by product, the highest that nobody's word is against
 	offers := a.allOffers()
 	for i := range offers {
-		o := offers[i]
-		if _, ok := fits(o, d, w); !ok {
-			continue
+		o := &offers[i]
+		if _, ok := installable(*o, d, w); ok && (top[o.Product] == nil || highest(*o, *top[o.Product]) < 0) {
+			top[o.Product] = o
 		}
-		if _, held := w.Hold(o.ID); held || o.Rollout.Halt {
-			continue
-		}
-		if top := fitting(offers, o.Product, d, w); len(top) == 0 || top[0].ID != o.ID {
-			if r, held := w.Hold(top[0].ID); !held && !top[0].Rollout.Halt {
-				_ = r
-				continue
-			}
-		}
-		if best == nil || severityRank(o.Severity) < severityRank(best.Severity) {
-			best = &o
+	}
+	var best *repository.Offer
+	for _, product := range slices.Sorted(maps.Keys(top)) {
+		if best == nil || sooner(*top[product], *best, w) {
+			best = top[product]
 		}
 	}
 	if best == nil {
 		return repository.Offer{}, &control.Error{Code: control.CodeNotFound, Text: "no release is offered for this device", Hint: "hotpatch list shows why not; hotpatch check asks the repository again"}
 	}
 	return *best, nil
+}
+
+// sooner tells whether a is to be installed before b: what is not in force yet, then the worse.
+func sooner(a, b repository.Offer, w wishes) bool {
+	if x, y := w.InForce[a.Product] == a.ID, w.InForce[b.Product] == b.ID; x != y {
+		return y
+	}
+	return severityRank(a.Severity) < severityRank(b.Severity)
 }
 
 // Install brings a release into force now. It lifts a hold on it.
@@ -149,7 +153,7 @@ func (a *Agent) Install(ctx context.Context, c control.Caller, r control.Install
 		before := a.shown.Load()
 		lifted, serr := a.storeInstall(c, o)
 		if serr != nil {
-			cerr = control.Errorf(control.CodeInternal, "the state cannot be written: %v", serr)
+			cerr = control.Errorf(control.CodeInternal, "cannot install: %v", serr)
 			return
 		}
 		ch.Lifted = lifted
@@ -179,18 +183,16 @@ func orNil(e *control.Error) error {
 // mayInstall refuses what even an operator's word does not bring into force.
 func (a *Agent) mayInstall(o repository.Offer) *control.Error {
 	w := a.wishes()
-	if r, ok := fits(o, a.deviceFor(), w); !ok {
-		return &control.Error{Code: control.CodeConflict, Text: fmt.Sprintf("%s is not for this device: %s", o.ID, r.Text)}
-	}
-	switch {
-	case o.Rollout.Halt:
-		return &control.Error{Code: control.CodeConflict, Text: o.ID + " was halted by its publisher: " + o.Rollout.Reason}
-	case !a.verdict.Eligible:
-		return &control.Error{Code: control.CodeNotEligible, Text: fmt.Sprintf("the device is not eligible: %v", openChecks(a.verdict)), Hint: "hotpatch eligibility says what to do"}
-	case !a.expires.IsZero() && a.o.Now().After(a.expires) && w.InForce[o.Product] != o.ID && a.local[o.ID].ID == "":
-		return &control.Error{Code: control.CodeConflict, Text: fmt.Sprintf("the repository's metadata ended %s: nothing new is applied", a.expires.UTC().Format(time.RFC3339)), Hint: "hotpatch check; is the clock right?"}
-	case a.policy != nil && a.policy.Held(o.ID):
+	delete(w.Broken, o.ID) // its load, which follows, has the last word
+	switch r, ok := installable(o, a.deviceFor(), w); {
+	case r.Code == "held" && a.policy != nil && a.policy.Held(o.ID):
 		return &control.Error{Code: control.CodeConflict, Text: o.ID + " is held by the policy", Hint: "the owner of the policy decides: " + a.o.Config.Policy.File}
+	case !ok && r.Code != "held": // an operator's hold is what install lifts
+		return &control.Error{Code: control.CodeConflict, Text: fmt.Sprintf("%s cannot be installed: %s", o.ID, r.Text)}
+	case !a.verdict.Eligible:
+		return &control.Error{Code: control.CodeNotEligible, Text: "the device is not eligible: " + strings.Join(openChecks(a.verdict), ", "), Hint: "hotpatch eligibility says what to do"}
+	case !a.fresh(a.o.Now()) && w.InForce[o.Product] != o.ID && a.local[o.ID].ID == "":
+		return &control.Error{Code: control.CodeConflict, Text: fmt.Sprintf("the repository's metadata ended %s: nothing new is applied", a.expires.UTC().Format(time.RFC3339)), Hint: "hotpatch check; is the clock right?"}
 	}
 	if p := a.paused(); p.Code != "" {
 		return &control.Error{Code: control.CodeConflict, Text: p.Text, Hint: "hotpatch resume"}
@@ -204,7 +206,7 @@ func (a *Agent) mayInstall(o repository.Offer) *control.Error {
 }
 
 func (a *Agent) storeInstall(c control.Caller, o repository.Offer) (lifted bool, err error) {
-	err = a.store.Update(func(tx *store.Tx) error {
+	err = a.update(func(tx *store.Tx) error {
 		holds, err := tx.Holds()
 		if err != nil {
 			return err
@@ -319,7 +321,7 @@ func (a *Agent) takeFile(ctx context.Context, c control.Caller, r control.Instal
 			local[k] = v
 		}
 		local[o.ID] = o
-		if serr = a.store.Update(func(tx *store.Tx) error { return setting(tx, settingLocal, local) }); serr == nil {
+		if serr = a.update(func(tx *store.Tx) error { return setting(tx, settingLocal, local) }); serr == nil {
 			a.local = local
 		}
 	})
@@ -355,12 +357,18 @@ func (a *Agent) rollback(c control.Caller, id string, ch *control.Change, progre
 			product, seq, cves = rel.Product, rel.Sequence, rel.CVEs
 		}
 	}
+	for _, r := range a.allRecords() {
+		if r.Release == id && product == "" {
+			product, seq = r.Product, int64(r.Sequence)
+		}
+	}
 	if product == "" {
 		return &control.Error{Code: control.CodeNotFound, Text: fmt.Sprintf("no release %q is known here", id), Hint: "hotpatch list"}
 	}
 	ch.Release, ch.Product, ch.Sequence = id, product, seq
-	if err := a.hold(c, id, product, "rolled back", "rollback"); err != nil {
-		return control.Errorf(control.CodeInternal, "the state cannot be written: %v", err)
+	held, err := a.hold(c, id, product, "rolled back", "rollback")
+	if err != nil {
+		return control.Errorf(control.CodeInternal, "cannot roll back: %v", err)
 	}
 	a.dirty = true
 	a.preload(product)
@@ -381,7 +389,7 @@ func (a *Agent) rollback(c control.Caller, id string, ch *control.Change, progre
 			ch.Reopened = append(ch.Reopened, x)
 		}
 	}
-	if !ch.Changed {
+	if ch.Changed = ch.Changed || held; !ch.Changed {
 		ch.Text = id + " is out already and held"
 	}
 	return nil
@@ -402,9 +410,9 @@ func (a *Agent) preload(product string) {
 	}
 }
 
-// hold stores the operator's "not this release", idempotent.
-func (a *Agent) hold(c control.Caller, id, product, why, action string) error {
-	return a.store.Update(func(tx *store.Tx) error {
+// hold stores the operator's "not this release"; false if it was held already.
+func (a *Agent) hold(c control.Caller, id, product, why, action string) (held bool, err error) {
+	err = a.update(func(tx *store.Tx) error {
 		holds, err := tx.Holds()
 		if err != nil {
 			return err
@@ -418,9 +426,11 @@ func (a *Agent) hold(c control.Caller, id, product, why, action string) error {
 		if err := tx.DeleteInstalled(id); err != nil {
 			return err
 		}
+		held = true
 		_, err = tx.Append(stamped(control.HistoryEntry{Action: action, Product: product, Release: id, Text: why}, c, a))
 		return err
 	})
+	return held && err == nil, err
 }
 
 // simple runs a small change in the loop and tells what it came to.
@@ -463,7 +473,7 @@ func (a *Agent) Hold(ctx context.Context, c control.Caller, id, why string) (*co
 		if o, ok := a.offerOf(id); ok {
 			product = o.Product
 		}
-		if err := a.hold(c, id, product, why, "hold"); err != nil {
+		if _, err := a.hold(c, id, product, why, "hold"); err != nil {
 			return false, "", err
 		}
 		if product != "" {
@@ -477,7 +487,7 @@ func (a *Agent) Hold(ctx context.Context, c control.Caller, id, why string) (*co
 func (a *Agent) ReleaseHold(ctx context.Context, c control.Caller, id, why string) (*control.Change, error) {
 	return a.simple(ctx, "release-hold", id, func() (bool, string, error) {
 		found := false
-		err := a.store.Update(func(tx *store.Tx) error {
+		err := a.update(func(tx *store.Tx) error {
 			holds, err := tx.Holds()
 			if err != nil {
 				return err
@@ -517,7 +527,7 @@ func (a *Agent) setPaused(ctx context.Context, c control.Caller, paused bool) (*
 	action := map[bool]string{true: "pause", false: "resume"}[paused]
 	return a.simple(ctx, action, "", func() (bool, string, error) {
 		changed := false
-		err := a.store.Update(func(tx *store.Tx) error {
+		err := a.update(func(tx *store.Tx) error {
 			if changed = tx.Paused() != paused; !changed {
 				return nil
 			}

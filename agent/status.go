@@ -3,12 +3,12 @@ package agent
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 	"time"
 
 	"hotpatchd/agent/control"
-	"hotpatchd/agent/repository"
 	"hotpatchd/agent/store"
 	"hotpatchd/patcher"
 	"hotpatchd/patcher/target"
@@ -22,24 +22,25 @@ type snapshot struct {
 	processes   control.Processes
 }
 
-// rowKey names one image in one life.
+// rowKey names one image in one life, as one product sees it.
 type rowKey struct {
-	id   target.ID
-	base target.Addr
+	id      target.ID
+	base    target.Addr
+	product string
 }
 
 // row is what was last shown of an image, to tell since when it is so.
 type row struct {
-	product string
-	state   control.ImageState
-	code    string
-	since   time.Time
+	state control.ImageState
+	code  string
+	since time.Time
 }
 
 // publish turns the loop's state into documents.
 func (a *Agent) publish() {
 	v, w := a.view("")
 	intents := decide(v)
+	a.again, a.hour = a.nextAgain(intents), a.hourOf(v.Now)
 	s := &snapshot{}
 	s.processes = a.showProcesses(v, intents)
 	s.offers = a.showOffers(v, w)
@@ -50,6 +51,25 @@ func (a *Agent) publish() {
 		a.hub.send(control.Event{Type: control.EventState, From: string(old.status.State), State: string(s.status.State),
 			Text: fmt.Sprintf("device: %s, was %s", s.status.State, old.status.State), Scope: control.Scope{Public: true}})
 	}
+}
+
+// nextAgain is when the first of the attempts that wait for time is due.
+func (a *Agent) nextAgain(intents []Intent) time.Time {
+	var first time.Time
+	sooner := func(t time.Time) {
+		if !t.IsZero() && (first.IsZero() || t.Before(first)) {
+			first = t
+		}
+	}
+	for _, in := range intents {
+		sooner(in.Again)
+	}
+	for id, r := range a.broken() {
+		if r.Code == codeFetch && !a.loading[id] {
+			sooner(a.retryLoad[id])
+		}
+	}
+	return first
 }
 
 // showProcesses makes one row an image that a release names, or that we patched.
@@ -76,7 +96,7 @@ func (a *Agent) showProcesses(v View, intents []Intent) control.Processes {
 	for _, ps := range a.procs {
 		if im, ok := deniedRow(ps, v.Choices); ok {
 			p := get(ps.info)
-			im.Since = control.At(a.since(rows, rowKey{ps.info.ID, 0}, im))
+			im.Since = control.At(a.since(rows, rowKey{ps.info.ID, 0, im.Product}, im))
 			p.Images = append(p.Images, im)
 		}
 	}
@@ -107,23 +127,8 @@ func (a *Agent) showImage(in Intent, rows map[rowKey]row) control.Image {
 	if in.Claim != nil {
 		im.Release, im.Sequence = in.Claim.Release, int64(in.Claim.Sequence)
 	}
-	if t, ok := in.Image.Tried[in.Product]; ok && in.State == t.State {
-		im.Detail, im.Attempts = t.Detail, t.Attempts
-	}
-	if in.Kind == DoApply || in.Kind == DoUndo || in.Kind == DoAdopt {
-		im.State, im.Remedy = control.PendingImage, control.RemedyWait
-		if in.Kind == DoApply {
-			if l := a.releases[in.Offer.ID]; l != nil && l.problem.Code != "" {
-				im.State, im.ReasonCode, im.Reason, im.Remedy = control.Blocked, l.problem.Code, l.problem.Text, control.RemedyAuthor
-				if l.problem.Code == "fetch" {
-					im.Remedy = control.RemedyWait
-				}
-			}
-		}
-		if t, ok := in.Image.Tried[in.Product]; ok && in.Kind != DoAdopt {
-			// Its turn has come again; until then the last outcome stands.
-			im.State, im.ReasonCode, im.Reason, im.Remedy, im.Detail, im.Attempts = t.State, t.Reason.Code, t.Reason.Text, t.Remedy, t.Detail, t.Attempts
-		}
+	if in.Try != nil {
+		im.Detail, im.Attempts = in.Try.Detail, in.Try.Attempts
 	}
 	if rec, ok := in.Image.Records[in.Product]; ok && rec.Live() {
 		im.PauseUS, im.Annex = rec.Pause.Microseconds(), showAnnex(rec)
@@ -131,15 +136,15 @@ func (a *Agent) showImage(in Intent, rows map[rowKey]row) control.Image {
 			im.Release, im.Sequence, im.Attempts = rec.Release, int64(rec.Sequence), rec.Attempts
 		}
 	}
-	im.Since = control.At(a.since(rows, rowKey{in.Proc.Info.ID, in.Image.Base}, im))
+	im.Since = control.At(a.since(rows, rowKey{in.Proc.Info.ID, in.Image.Base, in.Product}, im))
 	return im
 }
 
 // since is when an image came into the state it is in.
 func (a *Agent) since(rows map[rowKey]row, k rowKey, im control.Image) time.Time {
 	old, ok := a.rows[k]
-	now := row{im.Product, im.State, im.ReasonCode, a.o.Now()}
-	if ok && old.product == now.product && old.state == now.state && old.code == now.code {
+	now := row{im.State, im.ReasonCode, a.o.Now()}
+	if ok && old.state == now.state && old.code == now.code {
 		now.since = old.since
 	} else if ok {
 		a.hub.send(control.Event{Type: control.EventImage, PID: k.id.PID, Image: im.Name, From: string(old.state), State: string(im.State), Reason: im.Reason,
@@ -165,16 +170,12 @@ func showAnnex(r patcher.Record) *control.Annex {
 func (a *Agent) showOffers(v View, w wishes) control.Offers {
 	doc := control.Offers{Releases: []control.Offer{}}
 	d := a.deviceFor()
-	fresh := a.expires.IsZero() || v.Now.Before(a.expires)
 	for _, o := range a.allOffers() {
 		x := control.Offer{ID: o.ID, Product: o.Product, Kind: o.Kind, Sequence: int64(o.Sequence), Month: o.Month, Baseline: o.Baseline,
 			Title: o.Title, Severity: o.Severity, CVEs: nonNil(o.CVEs), Published: control.At(o.Published), Halted: o.Rollout.Halt, InForce: w.InForce[o.Product] == o.ID}
-		r, ok := fits(o, d, w)
+		r, ok := fits(o, d)
 		if ok {
-			r, ok = allowed(o, d, w, v.Now, fresh)
-		}
-		if l := a.releases[o.ID]; ok && l != nil && l.problem.Code != "" {
-			r, ok = l.problem, false
+			r, ok = allowed(o, d, w, v.Now, a.fresh(v.Now))
 		}
 		if c := v.Choices[o.Product]; ok && c.Want != nil && c.Want.ID != o.ID {
 			r, ok = because("superseded", "%s, sequence %d, replaces it", c.Want.ID, c.Want.Sequence), false
@@ -242,6 +243,17 @@ func (a *Agent) showStatus(v View, w wishes, s *snapshot) control.Status {
 		}
 		return err
 	})
+	if a.policy != nil {
+		for _, id := range a.policy.Hold {
+			x := control.Hold{ID: id, By: "policy", CVEs: []string{}}
+			if o, ok := a.offerOf(id); ok {
+				x.Product, x.CVEs = o.Product, nonNil(o.CVEs)
+			}
+			if !slices.ContainsFunc(st.Holds, func(h control.Hold) bool { return h.ID == id }) {
+				st.Holds = append(st.Holds, x)
+			}
+		}
+	}
 	slices.SortFunc(st.Holds, func(x, y control.Hold) int { return cmp.Compare(x.ID, y.ID) })
 	slices.SortFunc(st.Releases, func(x, y control.ActiveRelease) int {
 		return cmp.Or(cmp.Compare(severityRank(x.Severity), severityRank(y.Severity)), cmp.Compare(x.Product, y.Product))
@@ -278,8 +290,8 @@ func (a *Agent) state(v View, w wishes, s *snapshot) control.State {
 	}
 	held := false
 	for _, o := range s.offers.Releases {
-		if o.ReasonCode == "baseline" {
-			return control.BaselineRequired
+		if _, other := v.Choices[o.Product]; o.ReasonCode == "baseline" && !other {
+			return control.BaselineRequired // nothing of this product fits without it
 		}
 	}
 	for _, ch := range v.Choices {
@@ -318,6 +330,12 @@ func (a *Agent) attention(v View, s *snapshot) []control.Attention {
 			}
 		}
 	}
+	a.recMu.Lock()
+	broken, since := a.stateErr, a.stateSince
+	a.recMu.Unlock()
+	if broken != nil {
+		add("state", control.SeverityError, "the state cannot be written: nothing is begun without it", "make room in "+a.o.Config.StateDir, control.At(since), public)
+	}
 	if a.policyErr != nil {
 		add("policy", control.SeverityError, "the policy was refused, the last good one stays in force", "mend "+a.o.Config.Policy.File+" (hotpatchd check-config shows the place)", now, public)
 	}
@@ -330,14 +348,18 @@ func (a *Agent) attention(v View, s *snapshot) []control.Attention {
 		add("expires-soon", control.SeverityWarning, fmt.Sprintf("the repository's metadata ends %s", a.expires.UTC().Format(time.RFC3339)), "mend the connection to the repository", now, public)
 	}
 	if a.denied > 0 {
-		add("not-looked-into", control.SeverityWarning, fmt.Sprintf("%d processes could not be looked into: the system refuses access", a.denied), a.freeze, now, public)
+		add("not-looked-into", control.SeverityWarning, fmt.Sprintf("processes that could not be looked into, because the system refuses access: %d", a.denied), "the backend may reach: "+a.freeze, now, public)
 	}
 	if a.scanErr != nil {
 		add("scan", control.SeverityError, "the processes cannot be listed", "see the log", now, public)
 	}
-	for _, c := range v.Choices {
-		if c.Why.Code == "rollback" {
+	for _, product := range slices.Sorted(maps.Keys(v.Choices)) {
+		switch c := v.Choices[product]; {
+		case c.Why.Code == "rollback":
 			add("rollback", control.SeverityWarning, c.Latest.ID+": "+c.Why.Text, "hotpatch install "+c.Latest.ID, now, public)
+		case c.Want != nil && blocks[c.Why.Code]:
+			// What an older sequence fixes is fixed; the rest has no row to say so.
+			add(c.Why.Code, control.SeverityWarning, fmt.Sprintf("%s cannot be used here, %s is: %s", c.Latest.ID, c.Want.ID, c.Why.Text), string(remedyFor(c.Why)), now, public)
 		}
 	}
 	for i := range out {
@@ -355,16 +377,4 @@ func nonNil(s []string) []string {
 		return []string{}
 	}
 	return s
-}
-
-// fitting lists the offers of one product that fit this device, highest first.
-func fitting(offers []repository.Offer, product string, d device, w wishes) []repository.Offer {
-	var out []repository.Offer
-	for _, o := range offers {
-		if _, ok := fits(o, d, w); ok && o.Product == product {
-			out = append(out, o)
-		}
-	}
-	slices.SortFunc(out, func(x, y repository.Offer) int { return cmp.Compare(y.Sequence, x.Sequence) })
-	return out
 }

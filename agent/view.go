@@ -7,13 +7,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 
 	"go.uber.org/zap"
 
 	"hotpatchd/agent/control"
-	"hotpatchd/agent/release"
 	"hotpatchd/agent/store"
 	"hotpatchd/patcher"
 	"hotpatchd/patcher/target"
@@ -31,7 +32,6 @@ type procState struct {
 // imageState is what the loop remembers of one image in one life.
 type imageState struct {
 	ImageView
-	key rowKey
 }
 
 // lookAgain is when a process that could not be looked into is tried anew.
@@ -82,12 +82,22 @@ func (a *Agent) scan(ctx context.Context) bool {
 	}
 	a.denied = 0
 	for _, p := range a.procs {
-		if p.err != nil && p.info.Image == "" {
+		if p.err != nil && p.info.Image == "" && !neverTouched(p.info) {
 			a.denied++
 		}
 	}
 	a.scannedAt = now
 	return changed
+}
+
+// neverTouched: that these cannot be looked into is nobody's trouble.
+func neverTouched(info target.Info) bool {
+	for _, g := range info.Guards {
+		if g.Code == target.GuardSystem || g.Code == target.GuardSelf {
+			return true
+		}
+	}
+	return false
 }
 
 // look opens one process and finds its images.
@@ -106,7 +116,7 @@ func (a *Agent) look(ctx context.Context, info target.Info) error {
 		}
 	}
 	for i := range images {
-		im := &imageState{ImageView: images[i], key: rowKey{info.ID, images[i].Base}}
+		im := &imageState{ImageView: images[i]}
 		if old != nil {
 			for _, o := range old.images {
 				if o.Base == im.Base && sameHeaders(o.Identity, im.Identity) {
@@ -117,6 +127,50 @@ func (a *Agent) look(ctx context.Context, info target.Info) error {
 		p.images = append(p.images, im)
 	}
 	a.procs[info.ID] = p
+	if err == nil {
+		return a.compare(ctx, p)
+	}
+	return nil
+}
+
+// compare looks whether the records of a process whose mappings changed still
+// tell the truth: a module may have been unloaded, loaded again, another one
+// put in its place, or an entry written by somebody else. Memory decides.
+func (a *Agent) compare(ctx context.Context, p *procState) error {
+	for _, r := range a.allRecords() {
+		if r.ID != p.info.ID {
+			continue
+		}
+		var im *imageState
+		for _, x := range p.images {
+			if x.Base == r.Base && sameHeaders(x.Identity, r.Identity) {
+				im = x
+			}
+		}
+		if im != nil {
+			if unsettled(r) {
+				continue // decide has it brought to an end
+			}
+			bad, err := a.verifyOne(ctx, r)
+			if err == nil && (len(bad) == 0 || !r.Live()) {
+				if im.Tried[r.Product].State == control.Drifted {
+					delete(im.Tried, r.Product)
+				}
+				continue
+			}
+		}
+		switch err := a.recoverOne(ctx, r); {
+		case errors.Is(err, target.ErrGone):
+			return err
+		case err != nil && im != nil:
+			in := Intent{Kind: DoRecover, Proc: &Proc{Info: p.info}, Image: &im.ImageView, Product: r.Product}
+			in.Image.Records = map[string]patcher.Record{r.Product: r}
+			if o := a.failed(in, err); o.try != nil {
+				im.Tried[r.Product] = *o.try
+			}
+			in.Image.Records = nil
+		}
+	}
 	return nil
 }
 
@@ -134,8 +188,14 @@ func (a *Agent) imagesOf(ctx context.Context, id target.ID) ([]ImageView, error)
 		return nil, err
 	}
 	claims, err := patcher.Claims(p)
-	if err != nil {
+	switch {
+	case errors.Is(err, target.ErrGone), errors.Is(err, target.ErrDenied):
 		return nil, err
+	case err != nil:
+		// What claims to be ours cannot be told just now: the images can, and
+		// applying finds what is in force.
+		a.log.Warn("cannot look for patches of ours", zap.Int("pid", id.PID), zap.Error(err))
+		claims = nil
 	}
 	out := make([]ImageView, len(images))
 	for i, l := range images {
@@ -162,25 +222,24 @@ func headers(im *pe.Image) pe.Identity {
 func (a *Agent) view(forced string) (View, wishes) {
 	now := a.o.Now()
 	w := a.wishes()
-	d := a.deviceFor()
-	fresh := a.expires.IsZero() || now.Before(a.expires)
+	offers := a.allOffers()
 	v := View{
-		Now: now, Eligible: a.verdict.Eligible, Fails: openChecks(a.verdict), Forced: forced,
-		Choices: choose(a.allOffers(), d, w, now, fresh),
+		Now: now, Eligible: a.verdict.Eligible, Fails: openChecks(a.verdict), Forced: forced, Closed: a.closed(now),
+		Choices: choose(offers, a.deviceFor(), w, now, a.fresh(now)),
+		Word:    func(id string) (reason, bool) { return w.word(id, offers) },
+		Ready:   a.ready,
 		InScope: func(image string) bool {
 			g := a.o.Config.Repository.Images
 			return len(g) == 0 || MatchAny(g, image)
 		},
 		Deny: a.deniedByPolicy,
 	}
-	if a.policy != nil && len(a.policy.Hours) > 0 {
-		v.Closed = !a.policy.Hours.Open(now)
-	}
 	v.Paused = a.paused()
 	for _, p := range a.procs {
 		proc := Proc{Info: p.info, Err: p.err}
 		for _, im := range p.images {
 			iv := im.ImageView
+			iv.Claims = slices.Clone(im.Claims) // settle takes some out
 			iv.Records = a.recordsOf(p.info.ID, im.Base)
 			proc.Images = append(proc.Images, iv)
 		}
@@ -190,6 +249,12 @@ func (a *Agent) view(forced string) (View, wishes) {
 	}
 	return v, w
 }
+
+// fresh tells whether the metadata has not ended: only then something new comes into force.
+func (a *Agent) fresh(now time.Time) bool { return a.expires.IsZero() || now.Before(a.expires) }
+
+// closed tells whether the policy's hours keep work from beginning by itself.
+func (a *Agent) closed(now time.Time) bool { return a.policy != nil && !a.policy.Hours.Open(now) }
 
 // deviceFor says this device in the words of releases.
 func (a *Agent) deviceFor() device {
@@ -214,7 +279,8 @@ func (a *Agent) paused() reason {
 
 // wishes gathers holds, installs, what is in force and the floors.
 func (a *Agent) wishes() wishes {
-	w := wishes{Products: a.o.Config.Repository.Products, Mode: Automatic, Installed: map[string]bool{}, InForce: map[string]string{}, Floors: map[string]uint32{}}
+	w := wishes{Products: a.o.Config.Repository.Products, Mode: Automatic, Installed: map[string]bool{}, InForce: map[string]string{},
+		Floors: map[string]uint32{}, Broken: a.broken()}
 	if a.policy != nil && a.policy.Mode != "" {
 		w.Mode = a.policy.Mode
 	}
@@ -304,23 +370,25 @@ func lastElement(path string) string {
 	return path
 }
 
-// deniedImage stands for the unknown images of a process that is known to run
-// a PE program but may not be opened: it is reported, not passed over.
+// deniedRow stands for the unknown images of a process that is known to run a
+// PE program but cannot be looked into: it is reported, not passed over.
 func deniedRow(p *procState, choices map[string]choice) (control.Image, bool) {
 	if p.err == nil || p.info.Image == "" || len(p.images) > 0 {
 		return control.Image{}, false
 	}
-	name := lastElement(p.info.Image)
-	for _, c := range choices {
+	im := control.Image{Name: lastElement(p.info.Image), State: control.Blocked, ReasonCode: "denied",
+		Reason: "the process may not be opened: the system refuses access", Remedy: control.RemedyPolicy, Detail: p.err.Error()}
+	if !errors.Is(p.err, target.ErrDenied) {
+		im.ReasonCode, im.Reason, im.Remedy = "unreadable", "the images of the process could not be read", control.RemedyWait
+	}
+	for _, product := range slices.Sorted(maps.Keys(choices)) {
+		c := choices[product]
 		o := c.Want
 		if o == nil {
 			o = c.Latest
 		}
-		if o == nil || o.Kind != release.KindHotpatch {
-			continue
-		}
-		return control.Image{Name: name, Product: c.Product, Release: o.ID, Sequence: int64(o.Sequence), State: control.Blocked,
-			ReasonCode: "denied", Reason: "the process may not be opened: the system refuses access", Remedy: control.RemedyPolicy, Detail: p.err.Error()}, true
+		im.Product, im.Release, im.Sequence = product, o.ID, int64(o.Sequence)
+		return im, true
 	}
 	return control.Image{}, false
 }
