@@ -7,8 +7,9 @@ type instruction struct {
 	Len    int
 	Flow   flow
 	Rel    int32 // relative branches: distance from the end of the instruction
-	HasRIP bool  // a RIP-relative memory operand
-	Disp   int32 // its displacement, from the end of the instruction
+	HasRIP bool  // a RIP-relative memory operand: Disp counts from the end of the instruction
+	HasAbs bool  // another memory operand with a displacement of 32 bits
+	Disp   int32 // that displacement
 	Lea    bool  // LEA: computes an address, reads nothing
 }
 
@@ -21,7 +22,7 @@ const (
 	flowCall                 // relative call
 	flowIndirect             // jump through register or memory
 	flowReturn               // RET and its kin
-	flowTrap                 // INT3, UD2: never goes on
+	flowTrap                 // INT3, UD1, UD2, INT 29h (fast fail): never goes on
 )
 
 // errInstruction: the bytes are not on our list. It is a refusal, never a guess.
@@ -67,7 +68,7 @@ const twoByte = "" + // 0f xx
 	"mmbmbbbm" + "........" + // c0-cf
 	"mmmmmmmm" + "mmmmmmmm" + // d0-df
 	"mmmmmmmm" + "mmmmmmmm" + // e0-ef
-	"mmmmmmmm" + "mmmmmmmm" // f0-ff
+	"mmmmmmmm" + "mmmmmmmx" // f0-ff (ff is UD0, of whose length vendors disagree)
 
 // maxInstruction is the architecture's limit, bytes.
 const maxInstruction = 15
@@ -156,7 +157,12 @@ func (d *decoder) escape() (instruction, error) {
 		if d.rep != 0xf3 {
 			return d.in, errInstruction
 		}
-	case 0x0b:
+	case 0x20, 0x21, 0x22, 0x23:
+		// Control and debug registers: the processor takes any mod for 3.
+		if d.i < len(d.b) && d.b[d.i] < 0xc0 {
+			return d.in, errInstruction
+		}
+	case 0x0b, 0xb9:
 		d.in.Flow = flowTrap
 	}
 	a := twoByte[c]
@@ -189,16 +195,16 @@ func (d *decoder) vector(c byte) (instruction, error) {
 	if !ok {
 		return d.in, errInstruction
 	}
-	switch kind {
-	case 1:
-		a := twoByte[op]
-		if a != 'm' && a != 'b' && op != 0x77 {
-			return d.in, errInstruction
-		}
-		return d.finish(a, 0)
-	case 2, 5, 6:
+	// The map tells what follows, but for a few of the first.
+	switch {
+	case kind == 1 && op == 0x77 && c != 0x62:
+		return d.finish('.', 0) // VZEROUPPER, VZEROALL
+	case kind == 1 && (op >= 0x70 && op <= 0x73 || op == 0xc2 || op >= 0xc4 && op <= 0xc6):
+		return d.finish('b', 0)
+	case kind == 1 && op >= 0x10 && op>>2 != 0x20>>2 && (twoByte[op] == 'm' || c == 0x62 && (op == 0x7a || op == 0x7b)),
+		kind == 2, c == 0x62 && (kind == 5 || kind == 6):
 		return d.finish('m', 0)
-	case 3:
+	case kind == 3:
 		return d.finish('b', 0)
 	}
 	return d.in, errInstruction
@@ -220,29 +226,28 @@ func (d *decoder) opcode(c byte, a byte) (instruction, error) {
 	if (a == 'R' || a == 'r') && d.in.Flow == flowNext {
 		d.in.Flow = flowBranch
 	}
-	if a == 'R' && d.size16 {
-		return d.in, errInstruction // vendors disagree on its length
-	}
 	return d.finish(a, c)
 }
 
 // finish reads what follows the opcode. c is the one-byte opcode, 0 for others.
 func (d *decoder) finish(a, c byte) (instruction, error) {
+	if (a == 'R' || a == 'r') && d.size16 {
+		return d.in, errInstruction // vendors disagree on its length or where it leads
+	}
 	imm := 0
 	z := 4
-	if d.size16 {
+	if d.size16 && !d.rexW { // REX.W wins
 		z = 2
 	}
-	dispAt := -1
+	dispAt, rip := -1, false
 	switch a {
 	case 'x':
 		return d.in, errInstruction
 	case 'm', 'b', 'z':
-		reg, mod, at, ok := d.modrm()
-		if !ok {
+		reg, mod, ok := byte(0), byte(0), false
+		if reg, mod, dispAt, rip, ok = d.modrm(); !ok {
 			return d.in, errInstruction
 		}
-		dispAt = at
 		if a == 'b' {
 			imm = 1
 		} else if a == 'z' {
@@ -283,6 +288,9 @@ func (d *decoder) finish(a, c byte) (instruction, error) {
 		}
 	case '1':
 		imm = 1
+		if c == 0xcd && d.i < len(d.b) && d.b[d.i] == 0x29 {
+			d.in.Flow = flowTrap
+		}
 	case '4':
 		imm = z
 	case '2':
@@ -318,7 +326,7 @@ func (d *decoder) finish(a, c byte) (instruction, error) {
 		return d.in, errInstruction
 	}
 	if dispAt >= 0 {
-		d.in.HasRIP = true
+		d.in.HasRIP, d.in.HasAbs = rip, !rip
 		d.in.Disp, _ = d.le32(dispAt)
 	}
 	d.in.Len = d.i
@@ -333,36 +341,35 @@ func (d *decoder) le32(i int) (int32, bool) {
 	return int32(uint32(b[0]) | uint32(b[1])<<8 | uint32(b[2])<<16 | uint32(b[3])<<24), true
 }
 
-// modrm reads ModRM, SIB and displacement. ripAt is the index of a
-// RIP-relative displacement, -1 if there is none.
-func (d *decoder) modrm() (reg, mod byte, ripAt int, ok bool) {
+// modrm reads ModRM, SIB and displacement. dispAt is the index of a
+// displacement of 32 bits, -1 if there is none; rip tells whether it is
+// RIP-relative.
+func (d *decoder) modrm() (reg, mod byte, dispAt int, rip, ok bool) {
 	m, ok := d.next()
 	if !ok {
-		return 0, 0, -1, false
+		return 0, 0, -1, false, false
 	}
 	mod, reg, rm := m>>6, m>>3&7, m&7
-	ripAt = -1
 	if mod == 3 {
-		return reg, mod, ripAt, true
+		return reg, mod, -1, false, true
 	}
-	disp := 0
+	wide := mod == 2
 	if rm == 4 {
 		sib, ok := d.next()
 		if !ok {
-			return 0, 0, -1, false
+			return 0, 0, -1, false, false
 		}
-		if mod == 0 && sib&7 == 5 {
-			disp = 4
-		}
+		wide = wide || mod == 0 && sib&7 == 5
 	} else if mod == 0 && rm == 5 {
-		ripAt, disp = d.i, 4
+		rip, wide = true, true
 	}
-	switch mod {
-	case 1:
-		disp = 1
-	case 2:
-		disp = 4
+	dispAt = -1
+	switch {
+	case wide:
+		dispAt = d.i
+		d.i += 4
+	case mod == 1:
+		d.i++
 	}
-	d.i += disp
-	return reg, mod, ripAt, d.i <= len(d.b)
+	return reg, mod, dispAt, rip, d.i <= len(d.b)
 }
