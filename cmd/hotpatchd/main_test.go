@@ -200,6 +200,16 @@ func TestLogFileIsBounded(t *testing.T) {
 	if !bytes.Equal(now, line) || len(before) != 150 {
 		t.Errorf("%d bytes now, %d before", len(now), len(before))
 	}
+	// A first record over the limit pushes nothing aside.
+	fresh := filepath.Join(t.TempDir(), "fresh.log")
+	if l, err = openLog(fresh, 10); err != nil {
+		t.Fatal(err)
+	}
+	l.Write(line)
+	l.Close()
+	if _, err := os.Stat(fresh + ".1"); err == nil {
+		t.Error("an empty log was put aside")
+	}
 	if _, err := openLog(filepath.Join(path, "below", "a-file"), 100); err == nil {
 		t.Error("opened below a file")
 	}

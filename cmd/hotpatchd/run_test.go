@@ -193,7 +193,9 @@ func TestSecondDaemonDoesNotStart(t *testing.T) {
 	c, _, _ := served(t, "", newFakeHeart(), notifier{})
 	second := newFakeHeart()
 	zlog, _ := logger(t)
-	err := serve(t.Context(), c, second, zlog, notifier{}, second.first, func() {})
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	err := serve(ctx, c, second, zlog, notifier{}, second.first, func() {})
 	if !errors.Is(err, control.ErrInUse) || second.ended.Load() {
 		t.Errorf("%v; loop ran: %t", err, second.ended.Load())
 	}
