@@ -307,7 +307,8 @@ func (a *Agent) nextTry(t Try) time.Time {
 	case control.Failed:
 		return now.Add(min(failedMost, failedFirst<<min(t.Attempts, 10)))
 	case control.Blocked:
-		if t.Remedy == control.RemedyWait {
+		// Who shares memory is mostly a vfork child, and that is over soon.
+		if t.Remedy == control.RemedyWait || t.Reason.Code == string(target.GuardShared) {
 			return now.Add(guardAgain)
 		}
 	}

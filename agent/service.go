@@ -105,10 +105,19 @@ func (a *Agent) offerFor(id string) (repository.Offer, *control.Error) {
 			best = top[product]
 		}
 	}
-	if best == nil {
-		return repository.Offer{}, &control.Error{Code: control.CodeNotFound, Text: "no release is offered for this device", Hint: "hotpatch list shows why not; hotpatch check asks the repository again"}
+	if best != nil {
+		return *best, nil
 	}
-	return *best, nil
+	e := &control.Error{Code: control.CodeNotFound, Text: "no release is offered for this device", Hint: "hotpatch list shows why not; hotpatch check asks the repository again"}
+	for i := range offers {
+		o := &offers[i]
+		if r, held := w.Hold(o.ID); held {
+			if _, ok := fits(*o, d); ok {
+				e.Text, e.Hint = fmt.Sprintf("%s, which is for this device, is %s", o.ID, r.Text), "hotpatch install "+o.ID+" lifts the hold of an operator"
+			}
+		}
+	}
+	return repository.Offer{}, e
 }
 
 // sooner tells whether a is to be installed before b: what is not in force yet, then the worse.
