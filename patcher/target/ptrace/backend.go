@@ -29,6 +29,8 @@ type backend struct {
 	mapbuf  []byte
 	pids    []int
 	gadgets *gadgetCache
+	nice    int // ours
+	cgroups string
 }
 
 // known is what List remembers of a process from one call to the next.
@@ -47,7 +49,13 @@ func New() (target.Backend, error) {
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: "/proc", Err: err}
 	}
+	priority, err := unix.Getpriority(unix.PRIO_PROCESS, 0)
+	if err != nil {
+		priority = 20
+	}
 	return &backend{
+		cgroups: cgroupRoot(),
+		nice:    20 - priority, // the system call answers 40..1
 		proc:    fd,
 		procs:   map[int]*known{},
 		desc:    describer{users: map[int]string{}, self: os.Getpid(), rights: readRights(), buf: make([]byte, 0, 4096)},

@@ -4,9 +4,7 @@ package ptrace
 
 import (
 	"context"
-	"fmt"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -33,7 +31,7 @@ type held struct {
 }
 
 // frozen implements target.Frozen, Interrupter and Pauser. The tracing thread
-// owns everything but the channels; others read it after ready and done.
+// owns what concerns the threads; others read it after told, and after done.
 type frozen struct {
 	p       *process
 	threads []held
@@ -42,16 +40,20 @@ type frozen struct {
 	sigret  []target.Addr
 	list    []target.Thread // of Threads, made once
 
-	tracer  int // tid of the tracing thread
-	began   time.Time
-	pause   time.Duration
-	clean   bool // nothing is attached any more
-	release chan struct{}
-	once    sync.Once
-	ops     chan func()
-	done    chan struct{}
-	lapsed  atomic.Bool // it ended before Thaw
-	writing sync.Mutex
+	tracer int // tid of the tracing thread
+	caller int // tid of the one that froze, and will thaw most likely
+	began  time.Time
+	pause  time.Duration
+	clean  bool // nothing is attached any more
+	err    error
+
+	wake, told event // to the tracing thread, and from it
+	done       chan struct{}
+	mu         sync.Mutex // for what follows; writes hold it, so that none goes on into running threads
+	work       func()     // to be done by the tracing thread
+	released   bool
+	lapsed     bool // by the context's end
+	over       bool // wake is not to be used any more
 }
 
 // Freeze stops every thread. What can be looked up before the first one stops
@@ -74,60 +76,107 @@ func (p *process) Freeze(ctx context.Context) (target.Frozen, error) {
 	if err != nil {
 		return nil, err
 	}
-	z := &frozen{
-		p:       p,
-		regions: regions,
-		sigret:  p.trampolines.find(p, regions),
-		release: make(chan struct{}),
-		ops:     make(chan func()),
-		done:    make(chan struct{}),
-	}
+	z := &frozen{p: p, regions: regions, sigret: p.trampolines.find(p, regions), done: make(chan struct{})}
 	if p.tids, err = p.task.numbers(p.tids[:0], p.dirbuf); err != nil {
 		return nil, p.fail("freeze", 0, err)
 	}
 	z.threads = make([]held, 0, len(p.tids)+len(p.tids)/4+16)
 	z.index = make(map[int]int, cap(z.threads))
-	ready := make(chan error, 1)
-	onThread(func() bool {
-		z.tracer = unix.Gettid()
-		err := z.stop(ctx)
-		if err != nil {
-			z.letGo()
-			close(z.done)
-			ready <- err
-			return z.clean
-		}
-		ready <- nil
-		z.hold(ctx)
-		z.letGo()
-		close(z.done)
-		return z.clean
-	})
-	if err := <-ready; err != nil {
-		if !z.clean && !awaitEnd(z.tracer) {
-			err = fmt.Errorf("%w (and the tracing thread %d does not end)", err, z.tracer)
-		}
-		return nil, err
+	if err := z.open(); err != nil {
+		return nil, p.fail("freeze", 0, err)
 	}
-	p.frozen = z
-	return z, nil
+	z.caller = unix.Gettid()
+	hurry(z.caller)
+	onThread(func() bool { return z.trace(ctx) })
+	z.told.wait()
+	if z.err == nil {
+		p.frozen = z
+		return z, nil
+	}
+	<-z.done
+	z.close()
+	return nil, z.ended(z.err)
+}
+
+func (z *frozen) open() error {
+	err := z.wake.open()
+	if err == nil {
+		if err = z.told.open(); err != nil {
+			z.wake.close()
+		}
+	}
+	return err
+}
+
+func (z *frozen) close() {
+	z.p.b.calm(z.caller)
+	z.wake.close()
+	z.told.close()
+}
+
+// trace is the life of the tracing thread.
+func (z *frozen) trace(ctx context.Context) (clean bool) {
+	z.tracer = unix.Gettid()
+	hurry(z.tracer)
+	defer z.p.b.calm(z.tracer)
+	unix.Prctl(unix.PR_SET_TIMERSLACK, 1, 0, 0, 0) // else every short sleep takes 50 µs more
+	defer unix.Prctl(unix.PR_SET_TIMERSLACK, 0, 0, 0, 0)
+	z.err = z.stop(ctx)
+	failed := z.err != nil
+	stop := func() bool { return true }
+	if !failed {
+		stop = context.AfterFunc(ctx, func() { z.end(true) })
+		z.told.signal()
+		z.hold()
+	}
+	z.letGo()
+	clean = z.clean
+	stop()
+	z.mu.Lock()
+	z.over = true
+	z.mu.Unlock()
+	if failed {
+		z.told.signal()
+	}
+	close(z.done)
+	return clean
 }
 
 // hold waits for the end of the freeze, and works for others meanwhile.
-func (z *frozen) hold(ctx context.Context) {
+func (z *frozen) hold() {
 	for {
-		select {
-		case <-z.release:
-			return
-		case f := <-z.ops:
-			f()
-		case <-ctx.Done():
-			z.writing.Lock() // a write that has begun ends before threads run
-			defer z.writing.Unlock()
-			z.lapsed.Store(true)
+		z.wake.wait()
+		z.mu.Lock()
+		work, released := z.work, z.released
+		z.work = nil
+		z.mu.Unlock()
+		if work != nil {
+			work()
+			z.told.signal()
+		}
+		if released {
 			return
 		}
 	}
+}
+
+// end has the tracing thread let go. A write that has begun ends before.
+func (z *frozen) end(lapsed bool) {
+	z.mu.Lock()
+	defer z.mu.Unlock()
+	if z.released || z.over {
+		return
+	}
+	z.released, z.lapsed = true, lapsed
+	z.wake.signal()
+}
+
+// ended waits for the end of a tracing thread that could not let go otherwise.
+func (z *frozen) ended(err error) error {
+	if z.clean || awaitEnd(z.tracer) {
+		return err
+	}
+	return z.p.refuse("thaw", 0, target.ErrBusy, "the tracing thread %d does not end (%v)", z.tracer, err)
 }
 
 // stop stops every thread or says why not. It runs on the tracing thread, and
@@ -215,8 +264,21 @@ func (p *process) attachTo(op string, tid int, options uintptr) (bool, error) {
 }
 
 // spins is how often the threads are asked in turn before we sleep between
-// rounds: a stop takes a few microseconds once the thread is scheduled.
-const spins = 200
+// rounds: one that sleeps or runs elsewhere stops within microseconds. One that
+// has no processor needs ours.
+const spins = 5
+
+// pauseBetween rounds, in microseconds: first short, then not to be a burden.
+func pauseBetween(round int) {
+	switch {
+	case round < spins:
+		yield()
+	case round < 100:
+		doze(20)
+	default:
+		doze(200)
+	}
+}
 
 // await waits until every seized thread stands still or is gone.
 func (z *frozen) await(ctx context.Context, deadline time.Time) error {
@@ -237,11 +299,7 @@ func (z *frozen) await(ctx context.Context, deadline time.Time) error {
 		if round&7 == 7 && (ctx.Err() != nil || time.Now().After(deadline)) {
 			return z.late()
 		}
-		if round < spins {
-			yield()
-		} else {
-			doze(100)
-		}
+		pauseBetween(round)
 	}
 }
 

@@ -13,7 +13,10 @@ import (
 
 // Threads are made once, from what was read when they stopped.
 func (z *frozen) Threads() ([]target.Thread, error) {
-	if err := z.over("read the threads of", 0); err != nil {
+	z.mu.Lock()
+	err := z.ranOut("read the threads of", 0)
+	z.mu.Unlock()
+	if err != nil {
 		return nil, err
 	}
 	if z.list != nil {
@@ -62,56 +65,40 @@ func doing(r *unix.PtraceRegs) string {
 
 // write writes while frozen. A freeze that ran out refuses: the caller would
 // write code under threads that run.
-func (z *frozen) write(b []byte, at target.Addr) (int, error) {
-	z.writing.Lock()
-	n, err := 0, z.over("write", at)
-	if err == nil {
+func (z *frozen) write(b []byte, at target.Addr) (n int, err error) {
+	z.mu.Lock()
+	if err = z.ranOut("write", at); err == nil {
 		n, err = z.p.writeMem(b, at)
 	}
-	z.writing.Unlock()
-	if err == nil && n < len(b) && z.p.readOnly {
-		if !z.do(func() { n, err = z.poke(b, at) }) {
-			return n, z.over("write", at)
-		}
+	if err != nil || n == len(b) {
+		z.mu.Unlock()
+		return n, err
 	}
+	// Through the tracing thread, which lets nobody go before it has done so.
+	z.work = func() { n, err = z.poke(b, at) }
+	z.wake.signal()
+	z.mu.Unlock()
+	z.told.wait()
 	return n, err
 }
 
-// over is an error if the threads run again.
-func (z *frozen) over(op string, at target.Addr) error {
-	select {
-	case <-z.done:
-	default:
-		if !z.lapsed.Load() {
-			return nil
-		}
+// ranOut is an error if the threads run again.
+func (z *frozen) ranOut(op string, at target.Addr) error {
+	if z.released || z.over {
+		return z.p.refuse(op, at, target.ErrBusy, "the freeze is over")
 	}
-	return z.p.refuse(op, at, target.ErrBusy, "the freeze is over")
-}
-
-// do runs f on the tracing thread.
-func (z *frozen) do(f func()) bool {
-	ran := make(chan struct{})
-	select {
-	case z.ops <- func() { f(); close(ran) }:
-		<-ran
-		return true
-	case <-z.done:
-		return false
-	}
+	return nil
 }
 
 // Thaw is quiet about a freeze that had run out: writes made after that failed.
 func (z *frozen) Thaw() error {
-	z.once.Do(func() { close(z.release) })
+	z.end(false)
 	<-z.done
 	if z.p.frozen == z {
 		z.p.frozen = nil
+		z.close()
 	}
-	if !z.clean && !awaitEnd(z.tracer) {
-		return z.p.refuse("thaw", 0, target.ErrBusy, "the tracing thread %d does not end", z.tracer)
-	}
-	return nil
+	return z.ended(nil)
 }
 
 // Pause is the time from the first seize to the last detach.

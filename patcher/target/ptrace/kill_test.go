@@ -130,8 +130,7 @@ const (
 func TestTracerKilled(t *testing.T) {
 	for _, v := range victims {
 		t.Run(v.name, func(t *testing.T) {
-			v.o.DLL, v.o.Call, v.o.Allow = hosttest.Fixture(t, "demo/demo.dll"), "answer", []int{42}
-			h := hosttest.Start(t, v.o)
+			h := hosttest.Start(t, demo(t, v.o))
 			kills := 0
 			goesOn := func(what string) {
 				t.Helper()

@@ -89,6 +89,7 @@ func retryBusy(f func() error) (err error) {
 func TestExecMeanwhile(t *testing.T) {
 	b := newBackend(t)
 	h := hosttest.Start(t, demo(t, hosttest.Options{Spin: 1, Block: 1}))
+	pid := h.PID
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
 	execs := 0
@@ -117,7 +118,7 @@ func TestExecMeanwhile(t *testing.T) {
 		l, err := b.List(context.Background())
 		must(t, "List", err)
 		for _, i := range l {
-			if i.PID != h.PID {
+			if i.PID != pid {
 				continue
 			}
 			p, err := b.Open(context.Background(), i.ID)

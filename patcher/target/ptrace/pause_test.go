@@ -41,7 +41,8 @@ func infoOf(t testing.TB, b *backend, pid int) target.Info {
 
 // demo are the options of a host that runs the smallest base image.
 func demo(t testing.TB, o hosttest.Options) hosttest.Options {
-	o.DLL, o.Call, o.Allow = hosttest.Fixture(t, "demo/demo.dll"), "answer", []int{42}
+	t.Helper()
+	o.DLL, o.Call, o.Allow = hosttest.Unnamed(t, "demo/demo.dll"), "answer", []int{42}
 	return o
 }
 
@@ -57,13 +58,8 @@ func BenchmarkPause(b *testing.B) {
 			p := openHost(b, k, hosttest.Start(b, demo(b, hosttest.Options{Block: block})))
 			var pauses []time.Duration
 			for b.Loop() {
-				z, err := p.Freeze(context.Background())
-				if err != nil {
-					b.Fatal(err)
-				}
-				if err := z.Thaw(); err != nil {
-					b.Fatal(err)
-				}
+				z := freeze(b, p)
+				thaw(b, z)
 				pauses = append(pauses, z.(target.Pauser).Pause())
 			}
 			slices.Sort(pauses)

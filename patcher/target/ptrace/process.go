@@ -173,8 +173,9 @@ func (p *process) writeMem(b []byte, at target.Addr) (int, error) {
 		switch {
 		case err == nil && k == 0:
 			return n, p.fail("write", at+target.Addr(n), target.ErrGone)
-		case err == unix.EIO && n == 0 && p.readable(at):
+		case err == unix.EIO && p.readable(at+target.Addr(n)):
 			p.readOnly = true
+			return 0, nil
 		case err != nil:
 			return n, p.fail("write", at+target.Addr(n), err)
 		}

@@ -125,11 +125,7 @@ func (p *process) awaitStop(t *held, limit time.Duration) (status int32, err err
 				return 0, unfit(fmt.Sprintf("thread %d does not stop: %s", t.tid, p.waitsIn(t.tid)))
 			}
 		}
-		if round < spins {
-			yield()
-		} else {
-			doze(100)
-		}
+		pauseBetween(round)
 	}
 }
 
@@ -154,6 +150,9 @@ func (p *process) call(op string, at target.Addr, nr int, args ...uint64) (int64
 			return 0, p.fail(op, at, target.ErrGone)
 		}
 		return 0, p.refuse(op, at, target.ErrUnsupported, "%v", err)
+	}
+	if group := p.frozenGroup(); group != "" {
+		return 0, p.refuse(op, at, target.ErrBusy, "its control group %s is frozen", group)
 	}
 	why := error(unfit("it has no thread"))
 	end := time.Now().Add(searchLimit)

@@ -34,10 +34,9 @@ func newBackend(t testing.TB) *backend {
 }
 
 func startVictim(t testing.TB, w targettest.Want) (targettest.Victim, error) {
-	h, err := hosttest.Launch(t, hosttest.Options{
-		DLL: hosttest.Fixture(t, "demo/demo.dll"), Call: "answer", Allow: []int{42, 43},
-		Spin: max(1, w.Threads), Block: w.Blocked, Churn: count(w.Churn), AltStack: w.AltStack,
-	})
+	o := demo(t, hosttest.Options{Spin: max(1, w.Threads), Block: w.Blocked, Churn: count(w.Churn), AltStack: w.AltStack})
+	o.Allow = []int{42, 43}
+	h, err := hosttest.Launch(t, o)
 	if err != nil {
 		return nil, err
 	}

@@ -94,10 +94,15 @@ func wait(tid, options int, info *childInfo) (none bool, e unix.Errno) {
 // yield gives the processor to whoever is to stop.
 func yield() { unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0) }
 
-// doze sleeps for some microseconds, not longer than a timer tick of the thread.
+// doze sleeps for some microseconds. The short ones do not tell the Go
+// scheduler: getting a processor back from it can take longer.
 func doze(us int64) {
 	ts := unix.Timespec{Nsec: us * 1000}
-	unix.RawSyscall(unix.SYS_NANOSLEEP, uintptr(unsafe.Pointer(&ts)), 0, 0)
+	if us < 100 {
+		unix.RawSyscall(unix.SYS_NANOSLEEP, uintptr(unsafe.Pointer(&ts)), 0, 0)
+	} else {
+		unix.Syscall(unix.SYS_NANOSLEEP, uintptr(unsafe.Pointer(&ts)), 0, 0)
+	}
 }
 
 // getDispatch reads struct ptrace_sud_config, getRseq struct

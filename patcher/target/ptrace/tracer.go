@@ -4,6 +4,7 @@ package ptrace
 
 import (
 	"runtime"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -76,6 +77,47 @@ func onThread(f func() (clean bool)) {
 		}
 		// A goroutine that ends while locked takes its thread with it.
 	}()
+}
+
+// urgent is the nice value of our threads while they hold others: what they do
+// is short, and as long as they wait for a processor somebody's program stands.
+const urgent = -20
+
+// hurry gives one of our threads precedence, if we may; calm takes it back.
+func hurry(tid int) { unix.Setpriority(unix.PRIO_PROCESS, tid, urgent) }
+
+func (b *backend) calm(tid int) {
+	if ours(tid) {
+		unix.Setpriority(unix.PRIO_PROCESS, tid, b.nice)
+	}
+}
+
+// event wakes one thread of ours that waits in the kernel. A channel would do,
+// but what a channel wakes has to be found a thread and a processor by the Go
+// scheduler first, whose threads are not in a hurry: seconds on a loaded
+// machine, while somebody's program stands.
+type event struct {
+	fd   int
+	sent atomic.Uint64 // orders what was done before a signal before what is done after the wait
+}
+
+func (e *event) open() (err error) {
+	e.fd, err = unix.Eventfd(0, unix.EFD_CLOEXEC)
+	return err
+}
+
+func (e *event) close() { unix.Close(e.fd) }
+
+func (e *event) signal() {
+	e.sent.Add(1)
+	unix.Write(e.fd, []byte{1, 0, 0, 0, 0, 0, 0, 0})
+}
+
+// wait returns after one or more signals.
+func (e *event) wait() {
+	var b [8]byte
+	retry(func() (int, error) { return unix.Read(e.fd, b[:]) })
+	e.sent.Load()
 }
 
 // awaitEnd waits until a tracing thread that was not clean is gone and with it

@@ -4,6 +4,7 @@ package hosttest
 
 import (
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"fmt"
 	"os"
@@ -45,6 +46,24 @@ func Root(t testing.TB) string {
 func Fixture(t testing.TB, name string) string {
 	t.Helper()
 	return filepath.Join(Root(t), "testdata", "fixtures", filepath.FromSlash(name))
+}
+
+// Unnamed is a copy of a fixture that no release names: another build by its
+// time stamp. Tests whose hosts must stay as they are use it, since tests of
+// other packages may run a whole daemon on this machine at the same time.
+func Unnamed(t testing.TB, name string) string {
+	t.Helper()
+	b, err := os.ReadFile(Fixture(t, name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	header := binary.LittleEndian.Uint32(b[0x3c:])
+	binary.LittleEndian.PutUint32(b[header+8:], 0x7e57_7e57) // TimeDateStamp
+	path := filepath.Join(t.TempDir(), filepath.Base(name))
+	if err := os.WriteFile(path, b, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return path
 }
 
 // Build compiles the host, once for all test binaries that see the same

@@ -12,7 +12,7 @@ import (
 func start(t *testing.T, o Options) *Host {
 	t.Helper()
 	if o.DLL == "" {
-		o.DLL, o.Call, o.Allow = Fixture(t, "demo/demo.dll"), "answer", []int{42}
+		o.DLL, o.Call, o.Allow = Unnamed(t, "demo/demo.dll"), "answer", []int{42}
 	}
 	return Start(t, o)
 }
@@ -49,7 +49,7 @@ func TestWorkers(t *testing.T) {
 
 // A value that is not allowed must be counted, or nothing that uses the host proves anything.
 func TestWrongValueIsCounted(t *testing.T) {
-	h := start(t, Options{DLL: Fixture(t, "demo/demo.dll"), Call: "answer", Allow: []int{41}, Spin: 1})
+	h := start(t, Options{DLL: Unnamed(t, "demo/demo.dll"), Call: "answer", Allow: []int{41}, Spin: 1})
 	until(t, "a wrong value", func() bool { return h.Stats().Wrong > 0 })
 	if s := h.Stats(); !strings.Contains(s.Example, "got 42, want 41") {
 		t.Errorf("example %q", s.Example)
