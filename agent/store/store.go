@@ -54,7 +54,8 @@ var (
 	ErrDamaged = errors.New("state file is damaged")
 )
 
-// Damage tells of a file that could not be used and was set aside.
+// Damage tells of a file that could not be used and was set aside; or, where
+// Moved is empty, of one that could be used except perhaps for its last change.
 type Damage struct {
 	Path  string // where the file was expected
 	Moved string // where it is now
@@ -62,6 +63,9 @@ type Damage struct {
 }
 
 func (d *Damage) String() string {
+	if d.Moved == "" {
+		return fmt.Sprintf("state %s was damaged (%v); its last change may be lost", d.Path, d.Err)
+	}
 	return fmt.Sprintf("state %s is damaged (%v); set aside as %s, begun anew", d.Path, d.Err, d.Moved)
 }
 
@@ -88,14 +92,18 @@ var (
 // it and the file are for the daemon's user only.
 //
 // A damaged file is renamed to path.damaged-N and a new one begun; Damage then
-// says so, with a nil error. A file of a newer format is refused with ErrNewer, one that
+// says so, with a nil error. So it does where one of the file's two heads was
+// damaged and the other is good. A file of a newer format is refused with ErrNewer, one that
 // is open elsewhere with ErrInUse; an error of the system (no right, no
 // space) is returned as it is and moves nothing.
 func Open(path string) (*Store, *Damage, error) {
 	if err := secureFolder(filepath.Dir(path)); err != nil {
 		return nil, nil, err
 	}
-	s, err := open(path)
+	s, both, err := open(path)
+	if err == nil && !both {
+		return s, &Damage{Path: path, Err: errors.New("one of its two heads is not whole")}, nil
+	}
 	if err == nil {
 		return s, nil, nil
 	}
@@ -107,7 +115,7 @@ func Open(path string) (*Store, *Damage, error) {
 		return nil, nil, fmt.Errorf("state %s is damaged (%v) and cannot be set aside: %w", path, err, mvErr)
 	}
 	damage := &Damage{Path: path, Moved: moved, Err: err}
-	s, err = open(path)
+	s, _, err = open(path)
 	if err != nil {
 		return nil, damage, err
 	}
@@ -123,67 +131,94 @@ func (d damaged) Is(target error) bool { return target == ErrDamaged }
 
 func isDamage(err error) bool { return errors.Is(err, ErrDamaged) }
 
-func open(path string) (*Store, error) {
+func open(path string) (s *Store, both bool, err error) {
 	info, err := os.Lstat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 	case err != nil:
-		return nil, fmt.Errorf("cannot open state: %w", err)
+		return nil, false, fmt.Errorf("cannot open state: %w", err)
 	case !info.Mode().IsRegular():
-		return nil, fmt.Errorf("cannot open state: %s is not a regular file", path)
+		return nil, false, fmt.Errorf("cannot open state: %s is not a regular file", path)
 	case info.Size() == 0:
 		// Bolt would take it for a new one; but a file of ours is never empty.
-		return nil, damaged{errors.New("the file is empty")}
+		return nil, false, damaged{errors.New("the file is empty")}
 	default:
 		if err := secureFile(path); err != nil {
-			return nil, err
+			return nil, false, err
 		}
 	}
-	db, err := openBolt(path)
+	db, both, err := openBolt(path)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
-	s := &Store{db: db}
+	s = &Store{db: db}
 	if err := s.begin(); err != nil {
-		db.Close()
-		return nil, err
+		closeBolt(db)
+		return nil, false, err
 	}
 	if err := secureFile(path); err != nil {
-		db.Close()
-		return nil, err
+		closeBolt(db)
+		return nil, false, err
 	}
-	return s, nil
+	return s, both, nil
 }
 
 // openBolt opens the file where a damaged page is an error, not our death.
-func openBolt(path string) (db *bbolt.DB, err error) {
+func openBolt(path string) (db *bbolt.DB, both bool, err error) {
+	var file *os.File // bolt's own, which holds the lock
 	err = guard(func() error {
 		var err error
-		db, err = bbolt.Open(path, 0o600, &bbolt.Options{Timeout: lockWait, FreelistType: bbolt.FreelistMapType})
+		db, err = bbolt.Open(path, 0o600, &bbolt.Options{Timeout: lockWait, FreelistType: bbolt.FreelistMapType,
+			OpenFile: func(name string, flag int, mode os.FileMode) (*os.File, error) {
+				f, err := os.OpenFile(name, flag, mode)
+				file = f
+				return f, err
+			}})
 		return err
 	})
+	if err == nil {
+		both, err = checkFile(file)
+		if err != nil {
+			closeBolt(db)
+		}
+	} else if file != nil {
+		file.Close() // bolt leaves it open where it panics, and with it the lock
+	}
 	var pathErr *fs.PathError
 	var errno syscall.Errno
 	switch {
 	case err == nil:
-		return db, nil
+		return db, both, nil
 	case isDamage(err):
-		return nil, err
+		return nil, false, err
 	case errors.Is(err, bolterrors.ErrTimeout):
-		return nil, fmt.Errorf("%w: %s", ErrInUse, path)
+		return nil, false, fmt.Errorf("%w: %s", ErrInUse, path)
 	case errors.As(err, &pathErr), errors.As(err, &errno):
-		return nil, fmt.Errorf("cannot open state: %w", err)
+		return nil, false, fmt.Errorf("cannot open state: %w", err)
 	}
-	return nil, damaged{err}
+	return nil, false, damaged{err}
 }
 
-// begin checks the whole file, its format, and makes what is missing.
+// checkFile looks at every page, while nobody else writes.
+func checkFile(f *os.File) (both bool, err error) {
+	info, err := f.Stat()
+	if err != nil {
+		return false, fmt.Errorf("cannot open state: %w", err)
+	}
+	if both, err = checkPages(f, info.Size()); err != nil {
+		return false, damaged{err}
+	}
+	return both, nil
+}
+
+// closeBolt closes a file that may be damaged.
+func closeBolt(db *bbolt.DB) { guard(db.Close) }
+
+// begin checks the file's format and what the store itself understands, and
+// makes what a new file needs.
 func (s *Store) begin() error {
 	fresh := false
 	err := s.view(func(tx *bbolt.Tx) error {
-		if info, err := os.Stat(s.db.Path()); err == nil && info.Size() < tx.Size() {
-			return damaged{fmt.Errorf("%d bytes are missing at its end", tx.Size()-info.Size())}
-		}
 		meta := tx.Bucket(bucketMeta)
 		if meta == nil {
 			fresh = true
@@ -191,20 +226,6 @@ func (s *Store) begin() error {
 		}
 		if err := checkFormat(string(meta.Get(keyFormat))); err != nil {
 			return err
-		}
-		// The walk comes first: it touches every page in this goroutine,
-		// where a fault is recovered; Check works in one of its own.
-		if err := walk(tx); err != nil {
-			return err
-		}
-		var first error
-		for err := range tx.Check() { // to the end, or its goroutine stays
-			if first == nil {
-				first = damaged{err}
-			}
-		}
-		if first != nil {
-			return first
 		}
 		return checkValues(&Tx{tx})
 	})
@@ -233,36 +254,13 @@ func checkFormat(found string) error {
 	return damaged{fmt.Errorf("format %q is not %q", found, Format)}
 }
 
-// walk reads every byte of every key and value.
-func walk(tx *bbolt.Tx) error {
-	var sum byte
-	err := tx.ForEach(func(name []byte, b *bbolt.Bucket) error {
-		return b.ForEach(func(k, v []byte) error {
-			if v == nil {
-				return damaged{fmt.Errorf("bucket %q holds a bucket", name)}
-			}
-			for _, c := range k {
-				sum ^= c
-			}
-			for _, c := range v {
-				sum ^= c
-			}
-			return nil
-		})
-	})
-	if err != nil {
-		return err
-	}
+// checkValues decodes what the store itself understands.
+func checkValues(tx *Tx) error {
 	for _, name := range buckets {
-		if tx.Bucket(name) == nil {
+		if tx.tx.Bucket(name) == nil {
 			return damaged{fmt.Errorf("bucket %q is missing", name)}
 		}
 	}
-	return nil
-}
-
-// checkValues decodes what the store itself understands.
-func checkValues(tx *Tx) error {
 	if _, err := tx.Holds(); err != nil {
 		return damaged{err}
 	}

@@ -273,10 +273,14 @@ func TestDamagedFiles(t *testing.T) {
 			return
 		}
 		defer s.Close()
-		if damage == nil {
+		if damage == nil || damage.Moved == "" {
 			intact++
+			least := 40
+			if damage != nil {
+				least-- // the last change went with the damaged head
+			}
 			err := s.View(func(tx *Tx) error {
-				if h, err := tx.Holds(); err != nil || len(h) != 40 {
+				if h, err := tx.Holds(); err != nil || len(h) < least {
 					return fmt.Errorf("%d holds, %v", len(h), err)
 				}
 				return nil
