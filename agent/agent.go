@@ -83,14 +83,14 @@ type Agent struct {
 	procs     map[target.ID]*procState
 	scannedAt time.Time
 	scanErr   error
-	scanCost  time.Duration // of listing the processes, the last time
+	scanCost  time.Duration // of looking at the processes, the last time
 	denied    int           // processes that could not be looked into
 	rows      map[rowKey]row
 	notices   []control.Attention
 	dirty     bool
 	again     time.Time // when the next attempt is due, zero if none waits
 	hour      hour      // as of the last publication
-	freeze    string // the backend's sentence
+	freeze    string    // the backend's sentence
 
 	recMu      sync.Mutex
 	records    map[string]patcher.Record
@@ -225,8 +225,8 @@ const (
 	// leastGap lets the wake-ups of one moment become one pass.
 	leastGap = 20 * time.Millisecond
 	// gapShare keeps looking at the processes, however often others start some,
-	// under a fiftieth of a core.
-	gapShare = 50
+	// under half a percent of a core.
+	gapShare = 200
 )
 
 // gap is the least time between a pass and the next one that a wake-up brings.

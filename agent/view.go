@@ -41,9 +41,8 @@ const lookAgain = 30 * time.Second
 // starts and changes: a process whose mappings did not change is not opened.
 // It reports whether anything changed.
 func (a *Agent) scan(ctx context.Context) bool {
-	began := time.Now()
+	defer func(began time.Time) { a.scanCost = time.Since(began) }(time.Now())
 	infos, err := a.o.Backend.List(ctx)
-	a.scanCost = time.Since(began)
 	if err != nil {
 		if a.scanErr == nil {
 			a.log.Error("cannot list processes", zap.Error(err))
