@@ -101,9 +101,9 @@ func TestSmallDamage(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	rounds := 400
+	rounds := 150
 	if testing.Short() {
-		rounds = 60
+		rounds = 40
 	}
 	seed := uint64(time.Now().UnixNano())
 	rng := rand.New(rand.NewPCG(seed, 0))
