@@ -241,6 +241,9 @@ func (s *session) diagnoseCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if len(b) == 0 {
+				return &control.Error{Code: control.CodeInternal, Text: "the daemon sent an empty file; nothing is written"}
+			}
 			// It tells of all users' processes: for this user only, and never over another file.
 			f, err := os.OpenFile(args[0], os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 			if err != nil {

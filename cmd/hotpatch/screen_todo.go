@@ -37,7 +37,7 @@ func (s *screen) toDo(p *page, st *control.Status, rows []exception) {
 		}
 		cells = append(cells, []string{a.Severity, text})
 	}
-	if cmd := nextCommand(st); cmd != "" {
+	for _, cmd := range nextCommands(st) {
 		cells = append(cells, []string{"", cmd})
 	}
 	if len(cells) == 0 {
@@ -64,24 +64,26 @@ func (s *screen) toDo(p *page, st *control.Status, rows []exception) {
 	}
 }
 
-func nextCommand(st *control.Status) string {
-	switch {
-	case st.State == control.Ineligible || !st.Eligible && st.State != control.Unknown:
-		return "hotpatch eligibility"
-	case st.State == control.Held && len(st.Holds) > 0:
-		return "hotpatch install " + st.Holds[0].ID
-	case st.State == control.Unknown && st.Repository.LastCheck.IsZero():
-		return "hotpatch check"
-	case st.State == control.Unknown:
-		return "hotpatch wait --for settled"
-	case st.State == control.BaselineRequired:
-		return "hotpatch list"
-	case st.Coverage.Open() > 0:
-		return "hotpatch processes --vulnerable"
-	case st.Coverage.OtherBuild > 0:
-		return "hotpatch processes"
+// nextCommands are the commands to copy.
+func nextCommands(st *control.Status) (out []string) {
+	if !st.Eligible {
+		out = append(out, "hotpatch eligibility")
 	}
-	return ""
+	switch {
+	case st.State == control.Held && len(st.Holds) > 0:
+		out = append(out, "hotpatch install "+st.Holds[0].ID)
+	case st.State == control.Unknown && st.Repository.LastCheck.IsZero():
+		out = append(out, "hotpatch check")
+	case st.State == control.Unknown:
+		out = append(out, "hotpatch wait --for settled")
+	case st.State == control.BaselineRequired:
+		out = append(out, "hotpatch list")
+	case st.Coverage.Open() > 0:
+		out = append(out, "hotpatch processes --vulnerable")
+	case st.Coverage.OtherBuild > 0:
+		out = append(out, "hotpatch processes")
+	}
+	return out
 }
 
 // checked shows what a refresh of the repository came to.
