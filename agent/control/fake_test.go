@@ -40,6 +40,22 @@ func (f *fakeService) called(c Caller, name string, args ...any) error {
 	return f.err
 }
 
+// forget begins the list of calls anew.
+func (f *fakeService) forget() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.calls, f.callers = nil, nil
+}
+
+func (f *fakeService) firstCaller() Caller {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if len(f.callers) == 0 {
+		return Caller{}
+	}
+	return f.callers[0]
+}
+
 func (f *fakeService) seen() string {
 	f.mu.Lock()
 	defer f.mu.Unlock()

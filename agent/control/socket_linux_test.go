@@ -68,7 +68,7 @@ func TestPeerCredentials(t *testing.T) {
 		"stranger without a name": {syscall.Credential{Uid: 54321, Gid: 54321}, "status <nil>; plan plan needs root or membership in the group daemon; you are 54321", 54321},
 	} {
 		t.Run(name, func(t *testing.T) {
-			r.fake.callers = nil
+			r.fake.forget()
 			ctx, cancel := context.WithTimeout(context.Background(), deadline)
 			defer cancel()
 			cmd := exec.CommandContext(ctx, bin)
@@ -79,7 +79,7 @@ func TestPeerCredentials(t *testing.T) {
 			if err != nil || strings.TrimSpace(string(out)) != tc.want {
 				t.Fatalf("%s %v\nwant %s", out, err, tc.want)
 			}
-			c := r.fake.callers[0]
+			c := r.fake.firstCaller()
 			if c.UID != tc.uid || c.GID != int(tc.cred.Gid) || c.PID != cmd.Process.Pid || c.User == "" {
 				t.Errorf("the service saw %+v of pid %d", c, cmd.Process.Pid)
 			}
