@@ -12,4 +12,12 @@
 // any instruction of that is harmless: the thread finishes the call, returns
 // into sigreturn and goes on. Nothing here ever uses PTRACE_SINGLESTEP,
 // PTRACE_O_EXITKILL, or a remote call while threads are frozen.
+//
+// # What a stop does to a program
+//
+// Interrupted system calls are made again by the kernel and a program notices
+// nothing, with the exceptions signal(7) names for every stop: epoll_wait,
+// semop, sigtimedwait and some others return EINTR, as they do under strace or
+// after SIGSTOP and SIGCONT. If we die inside a remote call, the one call that
+// its thread waited in starts anew, a relative sleep with its whole length.
 package ptrace

@@ -24,8 +24,11 @@ var (
 )
 
 const (
-	// scanLimit bounds what is read of one process in search of code.
-	scanLimit = 512 << 20
+	// scanLimit bounds what is read of one process in search of code, and
+	// anonymousLimit of one mapping that no file backs: what a compiler inside
+	// the program makes holds no return from signals.
+	scanLimit      = 512 << 20
+	anonymousLimit = 32 << 20
 	// chunk is read at a time; pieces overlap by more than the longest pattern.
 	scanChunk   = 1 << 20
 	scanOverlap = 16
@@ -59,6 +62,7 @@ func newGadgetCache() *gadgetCache { return &gadgetCache{files: map[mapping]foun
 // trampolines is what one life is known to have, by the executable mappings it had.
 type trampolines struct {
 	regions   []target.Region // executable ones, at the last search
+	known     map[target.Region]found
 	sigreturn []target.Addr
 	syscall   []target.Addr
 }
@@ -78,16 +82,21 @@ func (t *trampolines) find(p *process, regions []target.Region) []target.Addr {
 	// Native libraries first: code of a PE image may be changed by others.
 	sort.SliceStable(now, func(i, j int) bool { return rank(&now[i]) < rank(&now[j]) })
 	t.sigreturn, t.syscall = nil, nil
+	known := make(map[target.Region]found, len(now))
 	left := uint64(scanLimit)
 	for i := range now {
 		r := &now[i]
-		if r.Size() > left {
-			continue
+		f, ok := t.known[*r]
+		if !ok {
+			if r.Size() > left || r.Kind == target.Private && r.Size() > anonymousLimit {
+				continue
+			}
+			var cached bool
+			if f, cached = p.b.gadgets.get(p, r); !cached {
+				left -= r.Size()
+			}
 		}
-		f, cached := p.b.gadgets.get(p, r)
-		if !cached {
-			left -= r.Size()
-		}
+		known[*r] = f
 		for _, o := range f.sigreturn {
 			t.sigreturn = append(t.sigreturn, r.Start+target.Addr(o))
 		}
@@ -95,6 +104,7 @@ func (t *trampolines) find(p *process, regions []target.Region) []target.Addr {
 			t.syscall = append(t.syscall, r.Start+target.Addr(o))
 		}
 	}
+	t.known = known
 	sort.Slice(now, func(i, j int) bool { return now[i].Start < now[j].Start })
 	t.regions = now
 	return t.sigreturn

@@ -4,6 +4,7 @@ package ptrace
 
 import (
 	"encoding/binary"
+	"slices"
 
 	"hotpatchd/patcher/target"
 )
@@ -27,16 +28,10 @@ func interrupted(sigret []target.Addr, b []byte, at target.Addr) []target.Addr {
 	if len(sigret) == 0 {
 		return nil
 	}
-	known := make(map[uint64]bool, len(sigret))
-	low, high := uint64(1<<64-1), uint64(0)
-	for _, a := range sigret {
-		known[uint64(a)] = true
-		low, high = min(low, uint64(a)), max(high, uint64(a))
-	}
 	const rsp = 8 + contextGregs + 8*gregRSP
 	var sps []target.Addr
 	for o := int(-uint64(at) & 7); o+rsp+8 <= len(b); o += 8 {
-		if w := binary.LittleEndian.Uint64(b[o:]); w >= low && w <= high && known[w] {
+		if slices.Contains(sigret, target.Addr(binary.LittleEndian.Uint64(b[o:]))) {
 			sps = append(sps, target.Addr(binary.LittleEndian.Uint64(b[o+rsp:])))
 		}
 	}

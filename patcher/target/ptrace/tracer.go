@@ -81,7 +81,8 @@ func onThread(f func() (clean bool)) {
 
 // urgent is the nice value of our threads while they hold others: what they do
 // is short, and as long as they wait for a processor somebody's program stands.
-const urgent = -20
+// More would keep the processor from the threads that have yet to stop.
+const urgent = -10
 
 // hurry gives one of our threads precedence, if we may; calm takes it back.
 func hurry(tid int) { unix.Setpriority(unix.PRIO_PROCESS, tid, urgent) }
