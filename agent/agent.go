@@ -223,7 +223,7 @@ func (a *Agent) Run(ctx context.Context) error {
 
 const (
 	// leastGap lets the wake-ups of one moment become one pass.
-	leastGap = 20 * time.Millisecond
+	leastGap = 50 * time.Millisecond
 	// gapShare keeps looking at the processes, however often others start some,
 	// under half a percent of a core.
 	gapShare = 200
