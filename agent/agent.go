@@ -90,7 +90,8 @@ type Agent struct {
 	dirty     bool
 	again     time.Time // when the next attempt is due, zero if none waits
 	hour      hour      // as of the last publication
-	freeze    string    // the backend's sentence
+	freeze    string    // the backend's sentence on what it may reach
+	method    string    // how it stops threads
 
 	recMu      sync.Mutex
 	records    map[string]patcher.Record
@@ -140,6 +141,9 @@ func New(o Options) (*Agent, error) {
 		return nil, err
 	}
 	a.loadPolicy()
+	if f, ok := o.Backend.(target.Freezer); ok {
+		a.method = f.FreezeMethod()
+	}
 	if p, ok := o.Backend.(target.Prober); ok {
 		ctx, cancel := context.WithTimeout(context.Background(), openTimeout)
 		a.freeze, err = p.Probe(ctx)

@@ -220,7 +220,7 @@ func (a *Agent) showStatus(v View, w wishes, s *snapshot) control.Status {
 		Scanned:    control.At(a.scannedAt),
 		Repository: control.Repository{URL: a.o.Config.Repository.URL, LastCheck: control.At(a.checkedAt), Expires: control.At(a.expires), Error: a.repoErr},
 		Device:     control.Device{OS: a.device.OS, Arch: a.device.Arch, Build: a.device.Build, Edition: a.device.Edition, ID: a.device.ID},
-		Backend:    control.Backend{Name: a.o.Backend.Name(), Freeze: a.freeze},
+		Backend:    control.Backend{Name: a.o.Backend.Name(), Freeze: a.method},
 	}
 	st.Device.Name, _ = os.Hostname()
 	for _, c := range a.verdict.Checks {

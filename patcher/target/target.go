@@ -223,6 +223,12 @@ type Prober interface {
 	Probe(ctx context.Context) (sentence string, err error)
 }
 
+// Freezer is optional on a Backend: how it stops the threads of a process, in a
+// few words for people.
+type Freezer interface {
+	FreezeMethod() string
+}
+
 // Unwinder is optional on a Process: registers and removes unwind tables in the target.
 type Unwinder interface {
 	Register(table Addr, count int, base Addr) error

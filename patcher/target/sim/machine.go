@@ -72,6 +72,9 @@ func newMachine(s *Scene, f files) (*Machine, error) {
 // Name is "sim".
 func (m *Machine) Name() string { return "sim" }
 
+// FreezeMethod says that nothing real is stopped.
+func (m *Machine) FreezeMethod() string { return "simulated" }
+
 // List tells of every process, in order of pid.
 func (m *Machine) List(ctx context.Context) ([]target.Info, error) {
 	if err := ctx.Err(); err != nil {
