@@ -133,7 +133,7 @@ func New(o Options) (*Agent, error) {
 		procs: map[target.ID]*procState{}, rows: map[rowKey]row{}, records: map[string]patcher.Record{}, dirty: true,
 	}
 	if damage != nil {
-		a.notice("state-damaged", control.SeverityWarning, "the state file was damaged and set aside; patches in memory are adopted", damage.String())
+		a.notice("state-damaged", control.SeverityWarning, damage.String()+"; patches in memory are adopted", damage.Err.Error())
 		a.history(own, control.HistoryEntry{Action: "state-damaged", Text: damage.String()})
 	}
 	if err := a.readState(); err != nil {

@@ -710,7 +710,8 @@ func (a *Agent) Diagnose(ctx context.Context, c control.Caller) ([]byte, error) 
 	recs := a.allRecords()
 	err = errors.Join(put("status.json", s.status), put("eligibility.json", s.eligibility), put("list.json", s.offers),
 		put("processes.json", s.processes), put("records.json", recs), put("history.json", h))
-	return buf.Bytes(), errors.Join(err, z.Close())
+	err = errors.Join(err, z.Close()) // before the bytes are taken: Close writes the directory
+	return buf.Bytes(), err
 }
 
 // Subscribe streams what happens until ctx ends.

@@ -96,7 +96,7 @@ func (a *Agent) showProcesses(v View, intents []Intent) control.Processes {
 	for _, ps := range a.procs {
 		if im, ok := deniedRow(ps, v.Choices); ok {
 			p := get(ps.info)
-			im.Since = control.At(a.since(rows, rowKey{ps.info.ID, 0, im.Product}, im))
+			im.Since = control.At(a.since(rows, rowKey{ps.info.ID, 0, im.Product}, ps.info.UID, im))
 			p.Images = append(p.Images, im)
 		}
 	}
@@ -136,19 +136,19 @@ func (a *Agent) showImage(in Intent, rows map[rowKey]row) control.Image {
 			im.Release, im.Sequence, im.Attempts = rec.Release, int64(rec.Sequence), rec.Attempts
 		}
 	}
-	im.Since = control.At(a.since(rows, rowKey{in.Proc.Info.ID, in.Image.Base, in.Product}, im))
+	im.Since = control.At(a.since(rows, rowKey{in.Proc.Info.ID, in.Image.Base, in.Product}, in.Proc.Info.UID, im))
 	return im
 }
 
 // since is when an image came into the state it is in.
-func (a *Agent) since(rows map[rowKey]row, k rowKey, im control.Image) time.Time {
+func (a *Agent) since(rows map[rowKey]row, k rowKey, uid int, im control.Image) time.Time {
 	old, ok := a.rows[k]
 	now := row{im.State, im.ReasonCode, a.o.Now()}
 	if ok && old.state == now.state && old.code == now.code {
 		now.since = old.since
 	} else if ok {
 		a.hub.send(control.Event{Type: control.EventImage, PID: k.id.PID, Image: im.Name, From: string(old.state), State: string(im.State), Reason: im.Reason,
-			Text: fmt.Sprintf("%s in process %d: %s, was %s", im.Name, k.id.PID, im.State, old.state)})
+			Scope: control.Scope{OfUser: true, UID: uid}, Text: fmt.Sprintf("%s in process %d: %s, was %s", im.Name, k.id.PID, im.State, old.state)})
 	}
 	rows[k] = now
 	return now.since
