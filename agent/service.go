@@ -63,14 +63,16 @@ func (a *Agent) Processes(_ context.Context, _ control.Caller, q control.Process
 
 // Check refreshes the repository now.
 func (a *Agent) Check(ctx context.Context, c control.Caller) (*control.Status, error) {
-	if err := a.refresh(ctx); err != nil {
-		var re *repository.Error
-		if errors.As(err, &re) {
-			return nil, &control.Error{Code: control.CodeConflict, Text: "repository: " + re.Text, Hint: re.Hint}
-		}
-		return nil, err
-	}
-	if err := a.call(ctx, func() { a.dirty = true; a.pass(a.runCtx(), "", nil) }); err != nil {
+	checked := a.refresh(ctx)
+	// After a failure too: who asks for the status next must see it there.
+	err := a.call(ctx, func() { a.dirty = true; a.pass(a.runCtx(), "", nil) })
+	var re *repository.Error
+	switch {
+	case errors.As(checked, &re):
+		return nil, &control.Error{Code: control.CodeConflict, Text: "repository: " + re.Text, Hint: re.Hint}
+	case checked != nil:
+		return nil, checked
+	case err != nil:
 		return nil, err
 	}
 	return a.Status(ctx, c)
