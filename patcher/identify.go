@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"slices"
 
 	"hotpatchd/patcher/target"
 	"hotpatchd/pe"
@@ -18,8 +19,8 @@ func identify(base Loaded, patch *Patch, found []annex) (originals, error) {
 	code := originals{im: im, preferred: im.ImageBase, overlays: overlays(found)}
 	if patch.Base.ImageBase != 0 {
 		code.preferred = patch.Base.ImageBase
-		im.SetPreferredBase(code.preferred)
 	}
+	im.SetPreferredBase(code.preferred) // another patch may have set another one
 	if err := sameBuild(im, patch.Base); err != nil {
 		return code, err
 	}
@@ -28,7 +29,7 @@ func identify(base Loaded, patch *Patch, found []annex) (originals, error) {
 		return code, err
 	}
 	if mandatoryText(patch.Base) {
-		id, err := im.Identity(append(append([]pe.Overlay(nil), code.overlays...), foreign...)...)
+		id, err := im.Identity(append(apart(code.overlays, foreign), foreign...)...)
 		if err != nil {
 			return code, fmt.Errorf("cannot hash the code of %s: %w", base.Name, err)
 		}
@@ -97,6 +98,9 @@ func compareBodies(base Loaded, patch *Patch, code originals) (foreign []pe.Over
 			}
 		}
 		for _, r := range f.Ranges {
+			if uint64(r.RVA)+uint64(r.Length) > uint64(base.Size) {
+				return nil, nil, otherBuild("a further part of %s at %x lies outside the image", f.Name, r.RVA)
+			}
 			b := make([]byte, r.Length)
 			if err := code.canonical(b, r.RVA); err != nil {
 				return nil, nil, err
@@ -107,6 +111,15 @@ func compareBodies(base Loaded, patch *Patch, code originals) (foreign []pe.Over
 		}
 	}
 	return foreign, drift, nil
+}
+
+// apart leaves out the overlays that touch any of others.
+func apart(list, others []pe.Overlay) []pe.Overlay {
+	return slices.DeleteFunc(slices.Clone(list), func(o pe.Overlay) bool {
+		return slices.ContainsFunc(others, func(x pe.Overlay) bool {
+			return o.RVA < x.RVA+uint32(len(x.Bytes)) && x.RVA < o.RVA+uint32(len(o.Bytes))
+		})
+	})
 }
 
 // looksHooked: the bytes begin with a jump, as entry hooks do.

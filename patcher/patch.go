@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"fmt"
-	"sync"
 
 	"hotpatchd/pe"
 )
@@ -27,8 +26,6 @@ type Patch struct {
 	Functions []Function
 	image     *pe.Image
 	inverse   []pe.HotPatchRecord
-	mu        sync.Mutex
-	shapes    []shape // of Functions, found on the first process; the base's code is the same in all
 }
 
 // Function is one function to be replaced.

@@ -61,7 +61,8 @@ func Prepare(p target.Process, base Loaded, patch *Patch) (*Plan, error) {
 	if err != nil {
 		return nil, err
 	}
-	shapes, err := patch.shapesFor(base.Image, code)
+	// Found anew in each process: what another one's memory says, its owner can forge.
+	shapes, err := findShapes(base.Image, code, patch.Functions)
 	if err != nil {
 		return nil, err
 	}
@@ -131,20 +132,6 @@ func supported(p target.Process, patch *Patch) error {
 		}
 	}
 	return nil
-}
-
-// shapesFor finds the entry writes once; the base's code is the same in every process.
-func (x *Patch) shapesFor(im *pe.Image, code codeReader) ([]shape, error) {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	if x.shapes == nil {
-		s, err := findShapes(im, code, x.Functions)
-		if err != nil {
-			return nil, err
-		}
-		x.shapes = s
-	}
-	return x.shapes, nil
 }
 
 // inForce finds the annex of this product whose writes stand in memory now. An

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"sort"
 
 	"hotpatchd/patcher/target"
 	"hotpatchd/pe"
@@ -23,8 +24,7 @@ const (
 	longJump  = 5 // E9 rel32
 )
 
-// shape is how the entry of one function is rewritten, in RVAs of the base. It
-// depends on the base's code alone, so it is found once for all processes.
+// shape is how the entry of one function is rewritten, in RVAs of the base.
 type shape struct {
 	kind     string
 	at       uint32   // first byte rewritten at the entry
@@ -46,23 +46,19 @@ func findShapes(im *pe.Image, code codeReader, functions []Function) ([]shape, e
 		return nil, blocked("machine", Author, "no entry rewriting for machine %#x yet", im.Machine)
 	}
 	bodies := make([][]byte, len(functions))
-	var want []pe.Span
 	for i, f := range functions {
-		body := make([]byte, f.Length)
-		if err := code.canonical(body, f.RVA); err != nil {
+		sec := im.SectionAt(f.RVA)
+		if sec == nil || !sec.Exec() || uint64(f.RVA)+uint64(f.Length) > uint64(sec.RVA)+uint64(sec.Extent()) {
+			return nil, blocked("not-code", Author, "%s: %d bytes at %x do not lie in one section of code", f.Name, f.Length, f.RVA)
+		}
+		bodies[i] = make([]byte, f.Length)
+		if err := code.canonical(bodies[i], f.RVA); err != nil {
 			return nil, err
 		}
-		bodies[i] = body
-		want = append(want, pe.Span{Begin: f.RVA - min(longJump, f.RVA), End: f.RVA}, pe.Span{Begin: f.RVA + 1, End: f.RVA + uint32(len(endbr64)) + longJump})
 	}
-	marks, err := landings(im, code, want)
+	marks, err := landings(im, code, functions)
 	if err != nil {
 		return nil, err
-	}
-	for i, f := range functions {
-		if err := marks.addBody(im, code, bodies[i], f.RVA, want); err != nil {
-			return nil, err
-		}
 	}
 	shapes := make([]shape, len(functions))
 	for i, f := range functions {
@@ -94,7 +90,7 @@ func findShape(im *pe.Image, code codeReader, marks *landingSet, f Function, bod
 	if err != nil {
 		return shape{}, blocked("unknown-instruction", Author, "%s: cannot read the instruction at %x: % x", f.Name, at, head(body[skip:]))
 	}
-	if first.Len >= shortJump && uint32(first.Len)+skip <= f.Length && f.RVA >= longJump {
+	if first.Len >= shortJump && uint32(first.Len)+skip <= f.Length {
 		_, jumped := marks.in(at+1, at+shortJump)
 		if !jumped && !crossesPage(at, shortJump) && ownsFiller(im, code, marks, f) {
 			return shape{kind: shapeShort, at: at, length: shortJump, pad: f.RVA - longJump}, nil
@@ -133,21 +129,21 @@ func findLong(marks *landingSet, f Function, body []byte, skip uint32) (shape, e
 }
 
 // ownsFiller tells whether the five bytes before the entry are nobody's: equal
-// filler bytes, behind an unconditional end, no unwind record, export, branch,
-// table or XFG hash in them, within one page.
+// filler bytes in the entry's own section, behind an unconditional end, no
+// unwind record, export, branch, reference, table or XFG hash in them, within
+// one page, and no return address: a call may end the function before.
 func ownsFiller(im *pe.Image, code codeReader, marks *landingSet, f Function) bool {
+	// Enough bytes to see the filler and the instruction before it.
+	const back = 64
+	b, whole, err := before(im, code, f.RVA, back)
+	if err != nil || len(b) < longJump {
+		return false
+	}
 	pad := f.RVA - longJump
 	if crossesPage(pad, longJump) || marks.xfg[f.RVA] {
 		return false
 	}
-	if _, hit := marks.in(pad, f.RVA); hit || marks.covered(pad, f.RVA) {
-		return false
-	}
-	// Enough bytes to see the filler and the instruction before it.
-	const back = 64
-	n := min(uint32(back), f.RVA)
-	b := make([]byte, n)
-	if err := code.canonical(b, f.RVA-n); err != nil {
+	if _, hit := marks.in(pad, f.RVA); hit || marks.referred(pad, f.RVA) || marks.covered(pad, f.RVA) {
 		return false
 	}
 	fill := b[len(b)-1]
@@ -155,14 +151,31 @@ func ownsFiller(im *pe.Image, code codeReader, marks *landingSet, f Function) bo
 	for i > 0 && b[i-1] == fill {
 		i--
 	}
-	if len(b)-i < longJump {
+	run := f.RVA - uint32(len(b)-i)
+	if run > pad || run == pad && mayBeCall(b[:i]) {
 		return false
 	}
+	ended := marks.endsAt(run, pad)
 	switch fill {
 	case 0xcc, 0x90:
-		return i == 0 || endsFlow(b[:i]) || marks.endsAt(f.RVA-uint32(len(b)-i), pad)
+		return ended || endsFlow(b[:i]) || i == 0 && (whole || len(b) == back)
 	case 0x00:
-		return marks.endsAt(f.RVA-uint32(len(b)-i), pad) // zeros can be the tail of an instruction
+		return ended // zeros can be the tail of an instruction, and data
+	}
+	return false
+}
+
+// mayBeCall tells whether b could end in a call: what follows is where it returns.
+func mayBeCall(b []byte) bool {
+	for n := 2; n <= min(len(b), maxInstruction); n++ {
+		tail := b[len(b)-n:]
+		in, err := decodeAMD64(tail)
+		if err != nil || in.Len != n {
+			continue
+		}
+		if in.Flow == flowCall || tail[0] == 0xff && (tail[1]>>3&7 == 2 || tail[1]>>3&7 == 3) {
+			return true
+		}
 	}
 	return false
 }
@@ -221,6 +234,14 @@ func checkOverlap(functions []Function, shapes []shape) error {
 	for i := 1; i < len(places); i++ {
 		if places[i].begin < places[i-1].end {
 			return blocked("overlap", Author, "%s and %s overlap at %x", places[i-1].name, places[i].name, places[i].begin)
+		}
+	}
+	for _, f := range functions {
+		for _, r := range f.Ranges {
+			i := sort.Search(len(places), func(i int) bool { return places[i].end > r.RVA })
+			if i < len(places) && places[i].begin < r.RVA+r.Length {
+				return blocked("overlap", Author, "a further part of %s and %s overlap at %x", f.Name, places[i].name, max(places[i].begin, r.RVA))
+			}
 		}
 	}
 	return nil

@@ -282,6 +282,7 @@ func pauseBetween(round int) {
 
 // await waits until every seized thread stands still or is gone.
 func (z *frozen) await(ctx context.Context, deadline time.Time) error {
+	late := false // asked once more then: we may have been without a processor ourselves
 	for round := 0; ; round++ {
 		waiting := 0
 		for i := range z.threads {
@@ -296,10 +297,13 @@ func (z *frozen) await(ctx context.Context, deadline time.Time) error {
 		if waiting == 0 {
 			return nil
 		}
-		if round&7 == 7 && (ctx.Err() != nil || time.Now().After(deadline)) {
+		if late {
 			return z.late()
 		}
-		pauseBetween(round)
+		late = round&7 == 7 && (ctx.Err() != nil || time.Now().After(deadline))
+		if !late {
+			pauseBetween(round)
+		}
 	}
 }
 

@@ -31,8 +31,9 @@ func TestSignalsArrive(t *testing.T) {
 	defer func(f func(a, b *candidate) bool) { before = f }(before)
 	before = func(a, b *candidate) bool { return a.tid == tid && b.tid != tid }
 	const signals = 3000
-	var wg sync.WaitGroup
-	wg.Go(func() {
+	sent := make(chan struct{})
+	go func() {
+		defer close(sent)
 		for n := 1; n <= signals; n++ {
 			var info struct { // siginfo_t of rt_tgsigqueueinfo(2)
 				signo, errno, code, _ int32
@@ -49,13 +50,18 @@ func TestSignalsArrive(t *testing.T) {
 				time.Sleep(time.Millisecond)
 			}
 			if n%10 == 0 {
-				time.Sleep(200 * time.Microsecond)
+				time.Sleep(2 * time.Millisecond)
 			}
 		}
-	})
+	}()
 	at := free()
 	rounds := 0
-	for h.Stats().Signals < signals/2 && rounds < 3000 || rounds < 100 {
+	for sending := true; sending || rounds < 100; {
+		select {
+		case <-sent:
+			sending = false
+		default:
+		}
 		rounds++
 		if z, err := p.Freeze(context.Background()); err == nil {
 			thaw(t, z)
@@ -66,7 +72,6 @@ func TestSignalsArrive(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	wg.Wait()
 	until(t, "all signals arrive", func() bool { return h.Stats().Signals >= signals })
 	if s := h.Stats(); s.Signals != signals || s.Sum != signals*(signals+1)/2 {
 		t.Errorf("%d signals with sum %d, want %d with %d", s.Signals, s.Sum, signals, signals*(signals+1)/2)
