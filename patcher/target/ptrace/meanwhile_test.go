@@ -166,3 +166,44 @@ func TestExecMeanwhile(t *testing.T) {
 	t.Logf("%d execs, %d writes", execs, written)
 	h.Healthy()
 }
+
+// An exec between the look at a process and the stop of its thread: what was
+// meant for the old program must not reach the new one.
+func TestExecJustBefore(t *testing.T) {
+	defer func(f func(a, b *candidate) bool) { before = f }(before)
+	for _, readOnly := range []bool{false, true} {
+		b := newBackend(t)
+		h := hosttest.Start(t, demo(t, hosttest.Options{Spin: 1}))
+		at := free()
+		for what, do := range map[string]func(p *process) error{
+			"Alloc": func(p *process) error { return p.Alloc(at, page, target.Read|target.Write) },
+			"WriteAt": func(p *process) error {
+				_, err := p.WriteAt(make([]byte, 16), hosttest.Probe)
+				return err
+			},
+		} {
+			if what == "WriteAt" && !readOnly {
+				continue // no thread is stopped for it
+			}
+			p := openHost(t, b, h)
+			p.readOnly = readOnly
+			var once sync.Once
+			before = func(a, b *candidate) bool {
+				once.Do(h.Exec)
+				return a.rank < b.rank
+			}
+			refused(t, what, do(p), target.ErrGone)
+			once.Do(func() { t.Errorf("%s: there was no exec", what) })
+			h.Runs()
+			q := openHost(t, b, h)
+			got := make([]byte, page)
+			if _, err := q.ReadAt(got, hosttest.Probe); err != nil || !bytes.Equal(got, bytes.Repeat([]byte{0x5a}, page)) {
+				t.Errorf("%s: the new program was written: %v", what, err)
+			}
+			if r, err := q.Regions(); err != nil || regionAt(r, at) != nil {
+				t.Errorf("%s: the new program has the memory of the old one: %v", what, err)
+			}
+			h.Healthy()
+		}
+	}
+}

@@ -65,7 +65,7 @@ func (p *process) stopOne(op string, tid int, f func(t *held) error) error {
 		if err == nil {
 			err = f(&t)
 		}
-		if t.state == stopped && detach(tid, 0) == 0 {
+		if t.state == stopped && detach(tid, t.signal) == 0 {
 			t.attached = false
 		}
 		clean = !t.attached
