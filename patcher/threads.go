@@ -12,10 +12,10 @@ const (
 	// redZone below the stack pointer may hold live words of a leaf function of
 	// the host (System V ABI, 128 bytes).
 	redZone = 128
-	// maxStack bounds what is read of one thread's stack, bytes. A deeper stack
-	// cannot be shown to be free of return addresses in bounded time: busy.
-	maxStack = 16 << 20
-	// maxStacks bounds what is read under one freeze, bytes.
+	// largeStack is where it pays to ask which pages exist, bytes.
+	largeStack = 1 << 20
+	// maxStacks bounds what is read under one freeze, bytes. Deeper stacks cannot
+	// be shown to be free of return addresses in bounded time: busy.
 	maxStacks = 64 << 20
 )
 
@@ -118,44 +118,80 @@ func (s *interiorSet) scan(p target.Process, f target.Frozen, spans []stackSpan,
 		spans = merge(spans)
 		var more []stackSpan
 		for _, span := range spans {
-			n := uint64(span.End - span.Start)
-			if total += int(min(n, maxStack+1)); n > maxStack || total > maxStacks {
-				return busy(span.thread.SP, "the stack of thread %d is too deep to check (%d MiB)", span.thread.ID, n>>20)
-			}
-			b := make([]byte, n)
-			if _, err := p.ReadAt(b, span.Start); err != nil {
-				if errors.Is(err, target.ErrGone) {
-					return err
-				}
-				// The red zone may reach below the mapping; the stack itself must be readable.
-				if b = b[redZone:]; len(b) == 0 {
-					continue
-				}
-				span.Start += redZone
-				if _, err := p.ReadAt(b, span.Start); err != nil {
-					return err
-				}
-			}
-			if err := s.words(b, span); err != nil {
+			runs, err := touched(p, span, regions)
+			if err != nil {
 				return err
 			}
-			if inter == nil {
-				continue
-			}
-			for _, sp := range inter.Interrupted(b, span.Start) {
-				r, ok := regionAt(regions, sp)
-				if !ok {
-					return busy(sp, "thread %d is in a signal handler whose stack cannot be found", span.thread.ID)
+			for _, run := range runs {
+				n := int(run.End - run.Start)
+				if total += min(n, maxStacks+1); total > maxStacks {
+					return busy(span.thread.SP, "the stacks are too deep to check: more than %d MiB, thread %d", maxStacks>>20, span.thread.ID)
 				}
-				if sp >= span.Start && sp < span.End {
-					continue // same stack, read already
+				b, err := readStack(p, &run)
+				if err != nil {
+					return err
 				}
-				more = append(more, stackSpan{target.Span{Start: sp - redZone, End: r.End}, span.thread})
+				run := stackSpan{run, span.thread}
+				if err := s.words(b, run); err != nil {
+					return err
+				}
+				if inter == nil {
+					continue
+				}
+				below, err := interruptedStacks(inter, b, run, span, regions)
+				if err != nil {
+					return err
+				}
+				more = append(more, below...)
 			}
 		}
 		spans = remaining(more, spans)
 	}
 	return nil
+}
+
+// touched are the parts of a stack that need to be read: all of it, but where
+// it lies in a large mapping, as the stacks of a program that keeps them in its
+// heap do, only pages that exist.
+func touched(p target.Process, span stackSpan, regions []target.Region) ([]target.Span, error) {
+	all := []target.Span{span.Span}
+	m, ok := p.(target.Sparse)
+	if !ok || span.End-span.Start < largeStack {
+		return all, nil
+	}
+	if r, ok := regionAt(regions, span.thread.SP); !ok || r.Inode != 0 || r.Shared {
+		return all, nil
+	}
+	return m.Touched(span.Span)
+}
+
+// readStack reads one run; the red zone may reach below the mapping.
+func readStack(p target.Process, run *target.Span) ([]byte, error) {
+	b := make([]byte, run.End-run.Start)
+	_, err := p.ReadAt(b, run.Start)
+	if err == nil || errors.Is(err, target.ErrGone) || len(b) <= redZone {
+		return b, err
+	}
+	b = b[redZone:]
+	run.Start += redZone
+	_, err = p.ReadAt(b, run.Start)
+	return b, err
+}
+
+// interruptedStacks follows signal frames to the stacks below them.
+func interruptedStacks(inter target.Interrupter, b []byte, run, span stackSpan, regions []target.Region) ([]stackSpan, error) {
+	var more []stackSpan
+	for _, sp := range inter.Interrupted(b, run.Start) {
+		r, ok := regionAt(regions, sp)
+		if !ok {
+			return nil, busy(sp, "thread %d is in a signal handler whose stack cannot be found", span.thread.ID)
+		}
+		if sp >= span.Start && sp < span.End {
+			continue // same stack, read already
+		}
+		more = append(more, stackSpan{target.Span{Start: sp - redZone, End: r.End}, span.thread})
+	}
+	return more, nil
 }
 
 // words looks at every aligned 8-byte word.

@@ -10,6 +10,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -191,7 +192,7 @@ func (d *story) prepare(ctx context.Context) error {
 	if err := os.WriteFile(d.path("policy.toml"), []byte(policy), 0o600); err != nil {
 		return err
 	}
-	config := fmt.Sprintf("format = \"hotpatchd-config/1\"\nstate_dir = %q\n[control]\nsocket = %q\n[repository]\nurl = %q\nroot = %q\ncheck_every = \"1h\"\n[policy]\nfile = %q\n%s",
+	config := fmt.Sprintf("format = \"hotpatchd-config/1\"\nstate_dir = %q\n[control]\nsocket = %q\n[repository]\nurl = %q\nroot = %q\ncheck_every = \"1h\"\nproducts = [\"demo\"]\nimages = [\"demo.dll\"]\n[policy]\nfile = %q\n%s",
 		d.path("state"), d.path("control.sock"), "file://"+filepath.ToSlash(d.path("repo")), d.path("repo/root.json"), d.path("policy.toml"), d.stage.config(d))
 	if err := os.WriteFile(d.path("config.toml"), []byte(config), 0o600); err != nil {
 		return err
@@ -331,7 +332,7 @@ func (d *story) patched(ctx context.Context) error {
 	if _, err := d.client.Install(ctx, control.InstallRequest{ID: demoID}, nil); err != nil {
 		return fmt.Errorf("cannot install: %w", err)
 	}
-	if err := d.settled(ctx, len(d.pids)); err != nil {
+	if err := d.settled(ctx); err != nil {
 		return err
 	}
 	// A host tells the value of its last call: wait for one after the swap.
@@ -344,18 +345,36 @@ func (d *story) patched(ctx context.Context) error {
 	}
 	var pauses []string
 	for _, p := range list.Processes {
+		if !slices.Contains(d.pids, p.PID) {
+			continue
+		}
 		pauses = append(pauses, fmt.Sprintf("%d in %d us", p.PID, p.Images[0].PauseUS))
 	}
 	d.say("patched", "while running: %s; both answer %d, %s", strings.Join(pauses, ", "), rightAnswer, d.lost())
 	return d.noneWrong()
 }
 
-// settled waits until n images are patched and nothing is open.
-func (d *story) settled(ctx context.Context, n int) error {
-	return d.until(ctx, fmt.Sprintf("%d processes are patched", n), func() (bool, error) {
-		st, err := d.client.Status(ctx)
-		return err == nil && st.Coverage.Patched == n && st.Coverage.Open() == 0, nil
+// settled waits until all processes of the story are patched.
+func (d *story) settled(ctx context.Context) error {
+	return d.until(ctx, fmt.Sprintf("%d processes are patched", len(d.pids)), func() (bool, error) {
+		return d.in(ctx, control.Patched) == len(d.pids), nil
 	})
+}
+
+// in counts the story's own processes whose image is in a state. Others may
+// host the image too: another demonstration, say.
+func (d *story) in(ctx context.Context, state control.ImageState) int {
+	list, err := d.client.Processes(ctx, control.ProcessQuery{})
+	if err != nil {
+		return 0
+	}
+	n := 0
+	for _, p := range list.Processes {
+		if slices.Contains(d.pids, p.PID) && len(p.Images) == 1 && p.Images[0].State == state {
+			n++
+		}
+	}
+	return n
 }
 
 // lost tells how many calls were made, all of which gave one of the two answers.
@@ -393,7 +412,7 @@ func (d *story) later(ctx context.Context) error {
 		return err
 	}
 	d.pids = append(d.pids, pid)
-	if err := d.settled(ctx, 3); err != nil {
+	if err := d.settled(ctx); err != nil {
 		return err
 	}
 	if err := d.until(ctx, "the later process answers right", func() (bool, error) {
@@ -416,14 +435,14 @@ func (d *story) killed(ctx context.Context) error {
 	if err := d.stage.daemon(d.path("config.toml")); err != nil {
 		return err
 	}
-	if err := d.settled(ctx, 3); err != nil {
+	if err := d.settled(ctx); err != nil {
 		return err
 	}
 	v, err := d.client.Verify(ctx)
 	if err != nil {
 		return err
 	}
-	if !v.OK || v.Images != 3 {
+	if !v.OK || v.Images < len(d.pids) {
 		return fmt.Errorf("after the restart %d images are on record, %d sites differ", v.Images, len(v.Mismatches))
 	}
 	d.say("daemon killed", "by SIGKILL: all three still answered %d; started again, %d records agree with memory", rightAnswer, v.Images)
@@ -436,7 +455,7 @@ func (d *story) rolledBack(ctx context.Context) error {
 	}
 	if err := d.until(ctx, "nothing is patched any more", func() (bool, error) {
 		st, err := d.client.Status(ctx)
-		return err == nil && st.Coverage.Patched == 0 && st.State == control.Held, nil
+		return err == nil && st.State == control.Held && d.in(ctx, control.Unpatched) == len(d.pids), nil
 	}); err != nil {
 		return err
 	}

@@ -229,6 +229,14 @@ type Freezer interface {
 	FreezeMethod() string
 }
 
+// Sparse is optional on a Process: the runs of pages within a span of private
+// memory that were ever touched. What lies outside them reads as zeros, so
+// that a large mapping that is nearly empty need not be read. May be called
+// while frozen.
+type Sparse interface {
+	Touched(s Span) ([]Span, error)
+}
+
 // Unwinder is optional on a Process: registers and removes unwind tables in the target.
 type Unwinder interface {
 	Register(table Addr, count int, base Addr) error
