@@ -90,11 +90,12 @@ func document(t testing.TB, what string, b []byte, into any) {
 	}
 }
 
-// says fails the test unless the text has all the words.
+// says fails the test unless the text has all the words, however its lines are broken.
 func says(t testing.TB, what, text string, words ...string) {
 	t.Helper()
+	flat := strings.Join(strings.Fields(text), " ")
 	for _, w := range words {
-		if !strings.Contains(text, w) {
+		if !strings.Contains(flat, w) {
 			t.Errorf("%s does not say %q:\n%s", what, w, text)
 		}
 	}

@@ -164,7 +164,7 @@ func tracerAttached(t *testing.T, d *device) {
 	if im.ReasonCode != "tracer" || im.Remedy != control.RemedyWait {
 		t.Errorf("%+v", im)
 	}
-	says(t, "the reason", im.Reason, "traced by host-", ", pid ")
+	says(t, "the reason", im.Reason, "traced by host-", ", pid")
 	if v := h.Value(); v != 42 {
 		t.Errorf("it answers %d", v)
 	}
