@@ -22,6 +22,7 @@ type View struct {
 	Closed   bool     // outside the policy's hours
 	Forced   string   // product whose release an operator asked for just now: hours do not matter
 	Choices  map[string]choice
+	Scope    func(product string) bool           // products that concern this installation
 	Word     func(release string) (reason, bool) // somebody's word takes this release out
 	Ready    func(release string) bool           // verified and loaded
 	Deny     func(info target.Info, name, path string) (reason, bool)
@@ -146,6 +147,9 @@ func decideProduct(v View, p *Proc, im *ImageView, product string) (Intent, bool
 	}
 	rec := im.Records[product]
 	live := rec.Live()
+	if !live && len(im.Records) == 0 && v.Scope != nil && !v.Scope(product) && c.Product == "" {
+		return in, false // another installation's line of releases
+	}
 	if unsettled(rec) {
 		return in.do(v, DoRecover), true
 	}
@@ -184,7 +188,8 @@ func decideProduct(v View, p *Proc, im *ImageView, product string) (Intent, bool
 // somebody's word takes it out or the wanted release, in force here and now, replaces it.
 func decideLive(v View, in Intent, rec patcher.Record, c choice) Intent {
 	in.State, in.Since = control.Patched, rec.At
-	if rec.State == patcher.TornUp {
+	if rec.State == patcher.TornUp { // it may be written back yet: the least that is owed to the process
+		in = in.do(v, DoRecover)
 		in.State, in.Remedy = control.Torn, control.RemedyRestartProcess
 		in.Reason = because("torn", "an entry could not be written back: restart the process")
 		return in

@@ -32,6 +32,7 @@ func (a *Agent) pass(ctx context.Context, forced string, progress progressFunc) 
 		a.readFacts(ctx)
 	}
 	changed := a.scan(ctx)
+	changed = a.recheck(ctx) || changed
 	if !changed && !a.dirty && forced == "" && !a.due() {
 		return
 	}
@@ -260,6 +261,7 @@ func (a *Agent) settle(o outcome) bool {
 			return true
 		}
 		if o.try != nil {
+			p.doubt = p.doubt || o.try.State != control.Busy
 			old := im.Tried[o.intent.Product]
 			if old.Release == o.try.Release && old.State == o.try.State && old.Reason.Code == o.try.Reason.Code {
 				o.try.Since = old.Since
@@ -304,7 +306,7 @@ func (a *Agent) nextTry(t Try) time.Time {
 			return now.Add(busyAgain)
 		}
 		return now.Add(max(a.o.Config.Backend.ScanEvery, busyAgain))
-	case control.Failed:
+	case control.Failed, control.Torn:
 		return now.Add(min(failedMost, failedFirst<<min(t.Attempts, 10)))
 	case control.Blocked:
 		// Who shares memory is mostly a vfork child, and that is over soon.

@@ -49,7 +49,8 @@ type rig struct {
 
 	full    atomic.Bool // the disk is full: the state cannot be written
 	dead    atomic.Bool // we are dead: nothing is written any more
-	dieAt   atomic.Int64
+	dieOp   sim.Op      // with dieAt: set before the daemon is given its work
+	dieAt   int
 	updates atomic.Int64 // transactions so far
 	dieOnTx atomic.Int64 // die just before (odd) or after (even) transaction n/2
 
@@ -141,11 +142,11 @@ func (r *rig) start() error {
 		r.m.Revive()
 	}
 	r.dead.Store(false)
-	r.dieAt.Store(0)
+	r.dieAt = 0
 	r.dieOnTx.Store(0)
 	ready := make(chan struct{})
 	a, err := New(Options{
-		Config: r.cfg, Backend: r.m, Boot: r.boot, Log: zap.NewNop(), Version: "test", Now: r.now,
+		Config: r.cfg, Backend: r.m, Boot: r.boot, Log: r.log(), Version: "test", Now: r.now,
 		Facts: func(context.Context) eligibility.Facts {
 			r.mu.Lock()
 			defer r.mu.Unlock()
@@ -182,6 +183,15 @@ func (r *rig) start() error {
 	}
 }
 
+var logged = flag.Bool("agent-log", false, "print what the daemon logs")
+
+func (r *rig) log() *zap.Logger {
+	if !*logged {
+		return zap.NewNop()
+	}
+	return zap.Must(zap.NewDevelopment())
+}
+
 // stop ends the daemon in an orderly way.
 func (r *rig) stop() error {
 	l := r.life
@@ -211,16 +221,21 @@ func (r *rig) kill() error {
 	return r.stop()
 }
 
-// dieAtOp has us die at the n-th operation from now, in the middle of it if it
-// is a write: then the first so many bytes were written.
-func (r *rig) dieAtOp(n, bytes int) {
-	r.dieAt.Store(int64(r.m.Ops() + n))
-	r.m.FailAt(n, sim.Fault{Do: sim.Die, Bytes: bytes})
+// dieAtOp has us die at the n-th operation of a kind from now. If that is a
+// write, all of it is done (full) or nothing; a write within a page is never
+// half done when a program dies: the kernel does not stop in it.
+func (r *rig) dieAtOp(n int, op sim.Op, full bool) {
+	f := sim.Fault{Do: sim.Die, Op: op}
+	if full {
+		f.Bytes = 1 << 20
+	}
+	r.dieOp, r.dieAt = op, r.m.Count(op)+n
+	r.m.FailAt(n, f)
 }
 
 // isDead tells whether the moment of death has come.
 func (r *rig) isDead() bool {
-	if at := r.dieAt.Load(); at != 0 && int64(r.m.Ops()) >= at {
+	if r.dieAt != 0 && r.m.Count(r.dieOp) >= r.dieAt {
 		r.dead.Store(true)
 	}
 	return r.dead.Load()
@@ -256,6 +271,14 @@ func (s *mortal) Update(fn func(*store.Tx) error) error {
 	return err
 }
 
+// pass has the loop look and act once more, and waits for its end.
+func (r *rig) pass() error {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	a := r.life.agent
+	return a.call(ctx, func() { a.dirty = true; a.pass(context.Background(), "", nil) })
+}
+
 // until waits for a condition. It answers "" when it holds, else what it found.
 func (r *rig) until(condition func() string) error {
 	deadline := time.Now().Add(patience)
@@ -275,10 +298,7 @@ func (r *rig) until(condition func() string) error {
 
 // judge is the end of every test: no process is harmed and the history is whole.
 func (r *rig) judge() error {
-	var errs []error
-	for pid := range maxPID { // nil where there is none
-		errs = append(errs, r.m.Invariant(pid))
-	}
+	errs := []error{r.unharmed()}
 	if r.life != nil {
 		h, err := r.life.client.History(context.Background(), 10000)
 		if err == nil && h.Broken != "" {
@@ -289,5 +309,17 @@ func (r *rig) judge() error {
 	return errors.Join(errs...)
 }
 
+// unharmed is the invariant of every process.
+func (r *rig) unharmed() error {
+	var errs []error
+	for pid := range maxPID { // nil where there is none
+		errs = append(errs, r.m.Invariant(pid))
+	}
+	return errors.Join(errs...)
+}
+
 // maxPID bounds the pids that scenes use.
 const maxPID = 1200
+
+// longScan is for tests that count operations: nothing is looked at unless something calls for it.
+const longScan = 10 * time.Minute

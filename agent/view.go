@@ -27,6 +27,7 @@ type procState struct {
 	images []*imageState
 	err    error     // why its images are not known
 	again  time.Time // when to look again although nothing changed, after an error
+	doubt  bool      // something went wrong in it: what is known of it may not be so any more
 }
 
 // imageState is what the loop remembers of one image in one life.
@@ -59,7 +60,7 @@ func (a *Agent) scan(ctx context.Context) bool {
 		info := &infos[i]
 		seen[info.ID] = true
 		p := a.procs[info.ID]
-		if p != nil && p.info.Change == info.Change && (p.err == nil || now.Before(p.again)) {
+		if p != nil && !p.doubt && p.info.Change == info.Change && (p.err == nil || now.Before(p.again)) {
 			continue
 		}
 		changed = true
@@ -227,6 +228,7 @@ func (a *Agent) view(forced string) (View, wishes) {
 		Choices: choose(offers, a.deviceFor(), w, now, a.fresh(now)),
 		Word:    func(id string) (reason, bool) { return w.word(id, offers) },
 		Ready:   a.ready,
+		Scope:   w.inScope,
 		InScope: func(image string) bool {
 			g := a.o.Config.Repository.Images
 			return len(g) == 0 || MatchAny(g, image)

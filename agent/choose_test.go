@@ -1,0 +1,251 @@
+package agent
+
+import (
+	"fmt"
+	"reflect"
+	"slices"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+
+	"hotpatchd/agent/release"
+	"hotpatchd/agent/repository"
+)
+
+var noon = time.Date(2026, 11, 22, 12, 0, 0, 0, time.UTC)
+
+// offer is a release of product "app" for everybody.
+func offer(id string, sequence uint32, change ...func(*repository.Offer)) repository.Offer {
+	o := repository.Offer{ID: id, Product: "app", Kind: release.KindHotpatch, Sequence: sequence, SHA256: id, Rollout: repository.Rollout{Percent: 100}}
+	for _, f := range change {
+		f(&o)
+	}
+	return o
+}
+
+// noWishes is the device of somebody who said nothing.
+func noWishes() wishes {
+	return wishes{Mode: Automatic, Installed: map[string]bool{}, InForce: map[string]string{}, Floors: map[string]uint32{},
+		Broken: map[string]reason{}, Hold: func(string) (reason, bool) { return reason{}, false }}
+}
+
+func holds(ids ...string) func(string) (reason, bool) {
+	return func(id string) (reason, bool) {
+		return because("held", "held"), slices.Contains(ids, id)
+	}
+}
+
+func TestChoose(t *testing.T) {
+	halt := func(undo bool) func(*repository.Offer) {
+		return func(o *repository.Offer) { o.Rollout.Halt, o.Rollout.Undo = true, undo }
+	}
+	later := noon.Add(time.Hour)
+	for _, c := range []struct {
+		name   string
+		offers []repository.Offer
+		change func(*wishes)
+		stale  bool
+		want   string // id, "" for none
+		why    string // code of why the highest is not wanted
+	}{
+		{"the highest", []repository.Offer{offer("R1", 1), offer("R2", 2)}, nil, false, "R2", ""},
+		{"a held one", []repository.Offer{offer("R1", 1), offer("R2", 2)}, func(w *wishes) { w.Hold = holds("R2") }, false, "R1", "held"},
+		{"all held", []repository.Offer{offer("R1", 1), offer("R2", 2)}, func(w *wishes) { w.Hold = holds("R1", "R2") }, false, "", "held"},
+		{"halted, not here yet", []repository.Offer{offer("R1", 1), offer("R2", 2, halt(false))}, nil, false, "R1", "halted"},
+		{"halted, in force", []repository.Offer{offer("R1", 1), offer("R2", 2, halt(false))}, func(w *wishes) { w.InForce["app"] = "R2" }, false, "R2", ""},
+		{"halted with undo, in force", []repository.Offer{offer("R1", 1), offer("R2", 2, halt(true))},
+			func(w *wishes) { w.InForce["app"] = "R2"; w.Floors["sequence/app/"] = 2 }, false, "R1", "halted"},
+		{"manual", []repository.Offer{offer("R1", 1)}, func(w *wishes) { w.Mode = Manual }, false, "", "manual"},
+		{"manual, installed", []repository.Offer{offer("R1", 1), offer("R2", 2)}, func(w *wishes) { w.Mode = Manual; w.Installed["R1"] = true }, false, "R1", "manual"},
+		{"off its ring", []repository.Offer{offer("R1", 1, func(o *repository.Offer) { o.Rollout.Percent = 50 })}, nil, false, "", "ring"},
+		{"off its ring, installed", []repository.Offer{offer("R1", 1, func(o *repository.Offer) { o.Rollout.Percent = 0 })},
+			func(w *wishes) { w.Installed["R1"] = true }, false, "R1", ""},
+		{"not yet", []repository.Offer{offer("R1", 1, func(o *repository.Offer) { o.Rollout.NotBefore = &later })}, nil, false, "", "not-before"},
+		{"metadata ended", []repository.Offer{offer("R1", 1)}, nil, true, "", "expired"},
+		{"metadata ended, in force", []repository.Offer{offer("R1", 1), offer("R2", 2)}, func(w *wishes) { w.InForce["app"] = "R1" }, true, "R1", "expired"},
+		{"metadata ended, installed", []repository.Offer{offer("R1", 1)}, func(w *wishes) { w.Installed["R1"] = true }, true, "", "expired"},
+		{"below the floor", []repository.Offer{offer("R1", 1)}, func(w *wishes) { w.InForce["app"] = "R2"; w.Floors["sequence/app/"] = 2 }, false, "", "rollback"},
+		{"below the floor by a word", []repository.Offer{offer("R1", 1)},
+			func(w *wishes) { w.InForce["app"] = "R2"; w.Floors["sequence/app/"] = 2; w.Hold = holds("R2") }, false, "R1", ""},
+		{"a word about another one", []repository.Offer{offer("R1", 1), offer("R3", 3)},
+			func(w *wishes) { w.InForce["app"] = "R2"; w.Floors["sequence/app/"] = 2; w.Hold = holds("R3") }, false, "", "held"},
+		{"the way back, after both were taken out", []repository.Offer{offer("R1", 1), offer("R2", 2)},
+			func(w *wishes) { w.Floors["sequence/app/"] = 2; w.Hold = holds("R2") }, false, "R1", "held"},
+		{"broken", []repository.Offer{offer("R1", 1), offer("R2", 2)}, func(w *wishes) { w.Broken["R2"] = because("feature", "x") }, false, "R1", "feature"},
+		{"broken, but in force before", []repository.Offer{offer("R1", 1), offer("R2", 2)},
+			func(w *wishes) {
+				w.Broken["R2"] = because("fetch", "x")
+				w.InForce["app"], w.Floors["sequence/app/"] = "R2", 2
+			}, false, "", "fetch"},
+		{"out of scope", []repository.Offer{offer("R1", 1)}, func(w *wishes) { w.Products = []Glob{"other"} }, false, "", "out-of-scope"},
+		{"same sequence twice", []repository.Offer{offer("B", 1), offer("A", 1)}, nil, false, "A", ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			w := noWishes()
+			if c.change != nil {
+				c.change(&w)
+			}
+			got := choose(c.offers, device{OS: "linux", Arch: "amd64", Place: 50}, w, noon, !c.stale)["app"]
+			id := ""
+			if got.Want != nil {
+				id = got.Want.ID
+			}
+			if id != c.want || got.Why.Code != c.why {
+				t.Errorf("wants %q because %q, not %q because %q", id, got.Why.Code, c.want, c.why)
+			}
+		})
+	}
+}
+
+func TestFits(t *testing.T) {
+	d := device{OS: "linux", Arch: "amd64"}
+	for _, c := range []struct {
+		change func(*repository.Offer)
+		code   string
+	}{
+		{func(*repository.Offer) {}, ""},
+		{func(o *repository.Offer) { o.Kind = release.KindBaseline }, "baseline-kind"},
+		{func(o *repository.Offer) { o.OS = []string{"windows"} }, "os"},
+		{func(o *repository.Offer) { o.OS = []string{"windows", "linux"} }, ""},
+		{func(o *repository.Offer) { o.Arch = []string{"arm64"} }, "arch"},
+		{func(o *repository.Offer) { o.Baseline = "2026-10" }, "baseline"},
+	} {
+		r, ok := fits(offer("R", 1, c.change), d)
+		if ok != (c.code == "") || r.Code != c.code {
+			t.Errorf("%v %q, wanted %q", ok, r.Code, c.code)
+		}
+	}
+}
+
+// drawOffers makes offers of a few products and sequences.
+func drawOffers(t *rapid.T) []repository.Offer {
+	var out []repository.Offer
+	n := rapid.IntRange(0, 6).Draw(t, "offers")
+	for i := range n {
+		o := offer(fmt.Sprintf("R%d", i), rapid.Uint32Range(1, 4).Draw(t, "sequence"))
+		o.Product = rapid.SampledFrom([]string{"app", "demo"}).Draw(t, "product")
+		o.Rollout.Percent = rapid.SampledFrom([]int{0, 50, 51, 100}).Draw(t, "percent")
+		o.Rollout.Halt = rapid.Bool().Draw(t, "halt")
+		o.Rollout.Undo = o.Rollout.Halt && rapid.Bool().Draw(t, "undo")
+		if rapid.Bool().Draw(t, "timed") {
+			at := noon.Add(time.Duration(rapid.IntRange(-1, 1).Draw(t, "hours")) * time.Hour)
+			o.Rollout.NotBefore = &at
+		}
+		if rapid.IntRange(0, 4).Draw(t, "os") == 0 {
+			o.OS = []string{"windows"}
+		}
+		out = append(out, o)
+	}
+	return out
+}
+
+// drawWishes makes wishes about offers drawn before, and about others.
+func drawWishes(t *rapid.T, offers []repository.Offer) wishes {
+	ids := []string{"gone"}
+	for _, o := range offers {
+		ids = append(ids, o.ID)
+	}
+	id := rapid.SampledFrom(ids)
+	held := rapid.SliceOfDistinct(id, rapid.ID).Draw(t, "held")
+	w := noWishes()
+	w.Hold = holds(held...)
+	w.Mode = rapid.SampledFrom([]Mode{Automatic, Manual}).Draw(t, "mode")
+	for _, x := range rapid.SliceOfDistinct(id, rapid.ID).Draw(t, "installed") {
+		w.Installed[x] = true
+	}
+	for _, x := range rapid.SliceOfNDistinct(id, 0, 2, rapid.ID).Draw(t, "broken") {
+		w.Broken[x] = because("fetch", "no network")
+	}
+	for _, p := range []string{"app", "demo"} {
+		if rapid.Bool().Draw(t, "has in force") {
+			w.InForce[p] = id.Draw(t, "in force")
+		}
+		w.Floors["sequence/"+p+"/"] = rapid.Uint32Range(0, 5).Draw(t, "floor")
+	}
+	if rapid.IntRange(0, 4).Draw(t, "scope") == 0 {
+		w.Products = []Glob{"app"}
+	}
+	return w
+}
+
+func TestChooseNeverWantsWhatIsRefused(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		offers := drawOffers(t)
+		w := drawWishes(t, offers)
+		d := device{OS: "linux", Arch: "amd64", Place: 50}
+		fresh := rapid.Bool().Draw(t, "fresh")
+		got := choose(offers, d, w, noon, fresh)
+		for product, c := range got {
+			if c.Latest == nil || c.Product != product {
+				t.Fatalf("%s: %+v", product, c)
+			}
+			if (c.Want == nil || c.Want.ID != c.Latest.ID) && c.Why.Code == "" {
+				t.Fatalf("%s: %s is not wanted and nobody says why", product, c.Latest.ID)
+			}
+			o := c.Want
+			if o == nil {
+				continue
+			}
+			inForce := w.InForce[product] == o.ID
+			_, heldOut := w.Hold(o.ID)
+			_, isBroken := w.Broken[o.ID]
+			switch {
+			case o.Product != product:
+				t.Fatalf("%s is of %s", o.ID, o.Product)
+			case heldOut:
+				t.Fatalf("wants %s, which is held", o.ID)
+			case o.Rollout.Halt && !(inForce && !o.Rollout.Undo):
+				t.Fatalf("wants %s, which is halted", o.ID)
+			case len(o.OS) > 0:
+				t.Fatalf("wants %s, which is for %v", o.ID, o.OS)
+			case isBroken:
+				t.Fatalf("wants %s, which is broken", o.ID)
+			case !fresh && !inForce:
+				t.Fatalf("wants %s, which is new, though metadata has ended", o.ID)
+			case w.Mode == Manual && !inForce && !w.Installed[o.ID]:
+				t.Fatalf("wants %s in mode manual", o.ID)
+			case !inForce && !w.Installed[o.ID] && o.Rollout.Percent <= 50:
+				t.Fatalf("wants %s off its ring", o.ID)
+			case !w.inScope(product):
+				t.Fatalf("wants %s out of scope", o.ID)
+			}
+			// Below what was in force only a word leads, and it is about what is in force.
+			if now := w.InForce[product]; !inForce && o.Sequence < w.Floors[floorKey(*o)] && now != "" {
+				if _, out := w.word(now, offers); !out {
+					t.Fatalf("goes down to %s while %s is in force and nobody is against it", o.ID, now)
+				}
+			}
+		}
+		// Every product that has an offer for this device is chosen for, in any order of the offers.
+		for i := range offers {
+			if _, ok := fits(offers[i], d); ok && got[offers[i].Product].Latest == nil {
+				t.Fatalf("nothing is chosen for %s", offers[i].Product)
+			}
+		}
+		shuffled := rapid.Permutation(offers).Draw(t, "order")
+		if again := choose(shuffled, d, w, noon, fresh); !reflect.DeepEqual(got, again) {
+			t.Fatalf("another order, another choice: %+v, %+v", got, again)
+		}
+	})
+}
+
+func TestInstallable(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		offers := drawOffers(t)
+		w := drawWishes(t, offers)
+		d := device{OS: "linux", Arch: "amd64", Place: 50}
+		for _, o := range offers {
+			r, ok := installable(o, d, w)
+			if !ok && r.Code == "" {
+				t.Fatalf("%s cannot be installed and nobody says why", o.ID)
+			}
+			// What may come into force by itself an operator may install.
+			if _, allow := allowed(o, d, w, noon, true); allow && !ok && !o.Rollout.Halt {
+				if _, fit := fits(o, d); fit {
+					t.Fatalf("%s may come into force by itself, but not by hand: %s", o.ID, r.Text)
+				}
+			}
+		}
+	})
+}
