@@ -86,6 +86,7 @@ type Agent struct {
 	scanCost  time.Duration // of looking at the processes, the last time
 	denied    int           // processes that could not be looked into
 	rows      map[rowKey]row
+	checked   map[string]time.Time // record → when it was last compared with memory
 	notices   []control.Attention
 	dirty     bool
 	again     time.Time // when the next attempt is due, zero if none waits
@@ -130,7 +131,7 @@ func New(o Options) (*Agent, error) {
 		o: o, log: o.Log, store: st,
 		wake: make(chan struct{}, 1), calls: make(chan func()), done: make(chan struct{}),
 		local: map[string]repository.Offer{}, releases: map[string]*loaded{}, loading: map[string]bool{}, retryLoad: map[string]time.Time{},
-		procs: map[target.ID]*procState{}, rows: map[rowKey]row{}, records: map[string]patcher.Record{}, dirty: true,
+		procs: map[target.ID]*procState{}, rows: map[rowKey]row{}, checked: map[string]time.Time{}, records: map[string]patcher.Record{}, dirty: true,
 	}
 	if damage != nil {
 		a.notice("state-damaged", control.SeverityWarning, damage.String()+"; patches in memory are adopted", damage.Err.Error())
