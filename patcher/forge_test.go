@@ -35,12 +35,12 @@ type record struct{ begin, end, handler uint32 }
 const (
 	forgeBase  = 0x180000000
 	forgeText  = 0x1000
-	forgeRData = 0x20000
-	forgeDirs  = 0x28000
-	forgeSlots = 0x30000 // at the start of .data
-	forgeData  = 0x30800
-	forgeReloc = 0x38000
-	forgeSize  = 0x40000
+	forgeRData = 0x220000 // room for more code than is looked at in one go
+	forgeDirs  = 0x228000
+	forgeSlots = 0x230000 // at the start of .data
+	forgeData  = 0x230800
+	forgeReloc = 0x238000
+	forgeSize  = 0x240000
 )
 
 func lay(b []byte, off int, values ...any) []byte {

@@ -110,6 +110,7 @@ func TestShapes(t *testing.T) {
 		{"jumps away inside", newScene([]byte{0x31, 0xc0, 0xeb, 0x10, 0x90, 0x90}), "too-short", 0, nil},
 		{"traps inside", newScene([]byte{0x31, 0xc0, 0x0f, 0x0b, 0x90, 0x90}), "too-short", 0, nil},
 		{"landing pad and too short", newScene(append(bytes.Clone(endbr64), 0x31, 0xc0, 0xc3)), "too-short", 0, nil},
+		{"landing pad and four bytes", newScene(append(bytes.Clone(endbr64), 0x31, 0xc0, 0x31, 0xc9)), "too-short", 0, nil},
 		{"unknown first", newScene([]byte{0x0f, 0xff, 0xc0, 0x90, 0x90, 0x90, 0xc3}), "unknown-instruction", 0, nil},
 		{"unknown second", newScene([]byte{0x31, 0xc0, 0x0f, 0x0f, 0xc0, 0x9e, 0xc3}), "unknown-instruction", 0, nil},
 		{"cut at the end", newScene([]byte{0x31, 0xc0, 0xb8, 0, 0, 0}), "unknown-instruction", 0, nil},
@@ -345,6 +346,34 @@ func TestReachBehindLandingPad(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// Long branches that lie across the ends of what is read in one go.
+func TestReachAcrossChunks(t *testing.T) {
+	for back := range uint32(8) {
+		for _, jump := range [][]byte{{0xe9}, {0x0f, 0x84}} {
+			s := newScene(plain)
+			s.text = append(s.text, bytes.Repeat([]byte{0xcc}, codeChunk)...)
+			at := forgeText + codeChunk - back
+			s.put(at, cat(jump, rel32(at+uint32(len(jump))+4, s.at+2)))
+			if _, err := s.shape(t); codeOf(err) != "jump-into-entry" {
+				t.Errorf("%d bytes before the end: %v", back, err)
+			}
+		}
+	}
+}
+
+// Code that never falls into step: only one of five ways to read it has the jump.
+func TestReachOutOfStep(t *testing.T) {
+	for phase := range uint32(5) {
+		s := newScene(plain)
+		s.put(s.at-0x200, bytes.Repeat([]byte{0x05}, 0x200)) // add eax, 5050505h
+		at := s.at - 40 - phase
+		s.put(at, []byte{0x75, byte(s.at + 2 - at - 2)})
+		if _, err := s.shape(t); codeOf(err) != "jump-into-entry" {
+			t.Errorf("phase %d: %v", phase, err)
+		}
 	}
 }
 
