@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -57,6 +58,9 @@ func program(t testing.TB, name string) string {
 		if built.err = os.Chmod(built.dir, 0o755); built.err != nil {
 			return
 		}
+		if built.err = lookAtSources(hosttest.Root(t)); built.err != nil {
+			return
+		}
 		if out, err := exec.Command("go", "build", "-o", built.dir, "hotpatchd/cmd/hotpatchd", "hotpatchd/cmd/hotpatch").CombinedOutput(); err != nil {
 			built.err = fmt.Errorf("%v: %s", err, out)
 		}
@@ -65,6 +69,21 @@ func program(t testing.TB, name string) string {
 		t.Fatal(built.err)
 	}
 	return filepath.Join(built.dir, name)
+}
+
+// lookAtSources opens the folders and files that the programs are built from:
+// "go test" repeats a result it remembers unless something changed that the
+// test looked at itself.
+func lookAtSources(root string) error {
+	return filepath.WalkDir(root, func(path string, e fs.DirEntry, err error) error {
+		if err == nil && strings.HasSuffix(path, ".go") && !strings.HasSuffix(path, "_test.go") {
+			_, err = os.Stat(path)
+		}
+		if err == nil && e.IsDir() && strings.HasPrefix(e.Name(), ".") {
+			return fs.SkipDir
+		}
+		return err
+	})
 }
 
 func need(t testing.TB, format string, args ...any) {
