@@ -46,11 +46,11 @@ type rig struct {
 
 	mu    sync.Mutex
 	facts eligibility.Facts
+	dieOp sim.Op // we die at the dieAt-th operation of this kind, 0: never
+	dieAt int
 
-	full    atomic.Bool // the disk is full: the state cannot be written
-	dead    atomic.Bool // we are dead: nothing is written any more
-	dieOp   sim.Op      // with dieAt: set before the daemon is given its work
-	dieAt   int
+	full    atomic.Bool  // the disk is full: the state cannot be written
+	dead    atomic.Bool  // we are dead: nothing is written any more
 	updates atomic.Int64 // transactions so far
 	dieOnTx atomic.Int64 // die just before (odd) or after (even) transaction n/2
 
@@ -142,7 +142,9 @@ func (r *rig) start() error {
 		r.m.Revive()
 	}
 	r.dead.Store(false)
+	r.mu.Lock()
 	r.dieAt = 0
+	r.mu.Unlock()
 	r.dieOnTx.Store(0)
 	ready := make(chan struct{})
 	a, err := New(Options{
@@ -229,12 +231,16 @@ func (r *rig) dieAtOp(n int, op sim.Op, full bool) {
 	if full {
 		f.Bytes = 1 << 20
 	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.dieOp, r.dieAt = op, r.m.Count(op)+n
 	r.m.FailAt(n, f)
 }
 
 // isDead tells whether the moment of death has come.
 func (r *rig) isDead() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	if r.dieAt != 0 && r.m.Count(r.dieOp) >= r.dieAt {
 		r.dead.Store(true)
 	}

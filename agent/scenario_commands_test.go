@@ -12,8 +12,6 @@ import (
 	"time"
 
 	"hotpatchd/agent/control"
-	"hotpatchd/agent/release"
-	"hotpatchd/agent/repository"
 	"hotpatchd/eligibility"
 	"hotpatchd/patcher/target"
 	"hotpatchd/patcher/target/sim"
@@ -31,8 +29,9 @@ func init() {
 		"publish":  (*script).doPublish, // ID PRODUCT SEQUENCE IMAGE… [feature= severity= cve= os= expires=]
 		"rollout":  (*script).doRollout, // ID [percent= not-before= halt= undo= reason=]
 		"withdraw": func(s *script, w []string) error { return s.withdraw(arg(w, 0)) },
-		"repo":     (*script).doRepo,   // down | up
-		"resign":   (*script).doResign, // [expires=DURATION]
+		"repo":     (*script).doRepo,    // down | up
+		"payload":  (*script).doPayload, // ID away | back
+		"resign":   (*script).doResign,  // [expires=DURATION]
 
 		// The machine.
 		"run":    (*script).doRun,    // PID MODULE… [exe= user= uid= image= denied=true guard=]
@@ -124,99 +123,6 @@ func order(fn func(context.Context, *control.Client, string) (*control.Change, e
 			return err
 		})
 	}
-}
-
-func (s *script) doPublish(words []string) error {
-	words, opts, err := options(words, "feature", "severity", "cve", "os", "expires")
-	if err != nil {
-		return err
-	}
-	if len(words) < 4 {
-		return errors.New("publish ID PRODUCT SEQUENCE IMAGE…")
-	}
-	seq, err := strconv.ParseUint(words[2], 10, 32)
-	if err != nil {
-		return err
-	}
-	m := &release.Manifest{ID: words[0], Product: words[1], Sequence: uint32(seq), Month: "2026-11", Title: words[0], Severity: opts["severity"]}
-	if v := opts["cve"]; v != "" {
-		m.CVEs = strings.Split(v, ",")
-	}
-	if v := opts["feature"]; v != "" {
-		m.Requires.Features = []string{v}
-	}
-	if v := opts["os"]; v != "" {
-		m.Requires.OS = []string{v}
-	}
-	var images []image
-	for _, f := range words[3:] {
-		images = append(images, image{f})
-	}
-	po, err := expires(opts["expires"])
-	if err != nil {
-		return err
-	}
-	return s.publish(po, m, images...)
-}
-
-func expires(text string) (o repository.PublishOptions, err error) {
-	if text != "" {
-		o.Expires, err = time.ParseDuration(text)
-	}
-	return o, err
-}
-
-func (s *script) doResign(words []string) error {
-	_, opts, err := options(words, "expires")
-	if err != nil {
-		return err
-	}
-	po, err := expires(opts["expires"])
-	if err != nil {
-		return err
-	}
-	po.Now = s.now()
-	_, err = repository.Refresh(s.path("repo"), s.keys, po)
-	return err
-}
-
-func (s *script) doRollout(words []string) error {
-	words, opts, err := options(words, "percent", "not-before", "halt", "undo", "reason")
-	if err != nil {
-		return err
-	}
-	var at *time.Time
-	if v := opts["not-before"]; v != "" {
-		d, err := time.ParseDuration(v)
-		if err != nil {
-			return err
-		}
-		t := s.now().Add(d).UTC().Truncate(time.Second)
-		at = &t
-	}
-	return s.rollout(arg(words, 0), func(r *repository.Rollout) {
-		if v, ok := opts["percent"]; ok {
-			r.Percent, _ = strconv.Atoi(v)
-		}
-		if at != nil {
-			r.NotBefore = at
-		}
-		if v, ok := opts["halt"]; ok {
-			r.Halt = v == "true"
-		}
-		if v, ok := opts["undo"]; ok {
-			r.Undo = v == "true"
-		}
-		r.Reason = opts["reason"]
-	})
-}
-
-// doRepo cuts the device off from its repository, or connects it again.
-func (s *script) doRepo(words []string) error {
-	if arg(words, 0) == "down" {
-		return os.Rename(s.path("repo"), s.path("repo-away"))
-	}
-	return os.Rename(s.path("repo-away"), s.path("repo"))
 }
 
 func (s *script) doReboot([]string) error {
