@@ -231,12 +231,26 @@ func (m *injection) room(t *held, c *threadContext) (uint64, error) {
 			continue
 		}
 		b := make([]byte, need)
-		if _, err := m.p.ReadAt(b, r.Start); err == nil && len(bytes.Trim(b, "\x00")) == 0 {
-			return uint64(r.Start) + need, nil // never used: the thread itself is the only one that could
+		if _, err := m.p.ReadAt(b, r.Start); err != nil {
+			continue
+		}
+		// Never used, but by us before: the thread itself is the only one that could.
+		if bytes.HasPrefix(b, footMark) || len(bytes.Trim(b, "\x00")) == 0 {
+			if err := m.write(t, footMark, uint64(r.Start)); err != nil {
+				return 0, err
+			}
+			return uint64(r.Start) + footRoom + need, nil
 		}
 	}
 	return 0, unfit("it runs on a stack that the system does not know")
 }
+
+// footMark is put at the foot of a main stack where a frame of ours was, so that
+// what is left of it is known again, by a later life of ours too.
+var footMark = []byte("\x00hotpatchd was here\x00\xf1\x5e\x0a\x93\xc2\x77\x18")
+
+// footRoom keeps the frame clear of the mark, bytes.
+const footRoom = 64
 
 // ownStack tells a thread's stack, below whose pointer nothing is anybody's,
 // from a piece of memory that a program's own scheduler uses as a stack: there,
