@@ -224,11 +224,17 @@ func (s *script) wantWalked(words []string) error {
 	if err != nil {
 		return err
 	}
-	found, err := s.walked(pid, module, x)
-	if err == nil && found != strings.Join(words[2:], " ") {
-		err = fmt.Errorf("it ran %s", found)
-	}
-	return err
+	// The last step is noted by the operation after it, a moment later than it can be seen.
+	return s.until(func() string {
+		found, err := s.walked(pid, module, x)
+		if err != nil {
+			return err.Error()
+		}
+		if found != strings.Join(words[2:], " ") {
+			return "it ran " + found
+		}
+		return ""
+	})
 }
 
 func (s *script) attentions(code string) ([]control.Attention, error) {
