@@ -161,6 +161,9 @@ func (f *frozen) judge() {
 			inside[at] = run.Start
 		}
 	}
+	for _, at := range f.fresh() {
+		delete(inside, at)
+	}
 	if len(inside) == 0 {
 		return
 	}
@@ -176,6 +179,23 @@ func (f *frozen) judge() {
 			})
 		}
 	}
+}
+
+// fresh are the places where a write began behind another one, and an
+// instruction of the new code with it: a jump right behind the filler before it.
+func (f *frozen) fresh() []target.Addr {
+	var places []target.Addr
+	for _, run := range merge(f.writes) {
+		is := make([]byte, run.End-run.Start)
+		f.p.mem.read(is, run.Start, false)
+		for i := 0; i < len(is); i += length(f.p.info.Arch, is[i:]) {
+			at := run.Start + target.Addr(i)
+			if slices.ContainsFunc(f.writes, func(w target.Span) bool { return w.Start == at }) {
+				places = append(places, at)
+			}
+		}
+	}
+	return places
 }
 
 // inside are the places strictly inside a rewritten run where an instruction

@@ -31,6 +31,27 @@ func rewrite(t *testing.T, p target.Process, at target.Addr, code []byte, flush 
 	}
 }
 
+// pieces rewrites code with one write after the other.
+func pieces(t *testing.T, p target.Process, at target.Addr, pieces ...[]byte) {
+	t.Helper()
+	f, err := p.Freeze(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, b := range pieces {
+		if _, err := p.WriteAt(b, at); err != nil {
+			t.Fatal(err)
+		}
+		if err := p.Flush(at, len(b)); err != nil {
+			t.Fatal(err)
+		}
+		at += target.Addr(len(b))
+	}
+	if err := f.Thaw(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestInvariant breaks each rule once.
 func TestInvariant(t *testing.T) {
 	jump := []byte{0xe9, 0xfb, 0, 0, 0} // to codeAt+0x100
@@ -95,6 +116,16 @@ func TestInvariant(t *testing.T) {
 			m.StartThread(100, sim.Thread{ID: 105, Stack: []any{0, codeAt + 5, codeAt}})
 			rewrite(t, p, codeAt, jump, true)
 		}, ""},
+		{"at a jump right behind another one", func(t *testing.T, m *sim.Machine, p target.Process) {
+			m.Poke(100, codeAt, append(twoByte, 0x90))
+			m.MoveThread(100, 100, codeAt+5)
+			pieces(t, p, codeAt, jump, []byte{0xeb, 0xf9})
+		}, ""},
+		{"inside a jump written in pieces", func(t *testing.T, m *sim.Machine, p target.Process) {
+			m.Poke(100, codeAt, twoByte)
+			m.MoveThread(100, 100, codeAt+2)
+			pieces(t, p, codeAt, jump[:2], jump[2:])
+		}, "thread 100 (running) goes on at 700000010002"},
 		{"thread in no code", func(t *testing.T, m *sim.Machine, p target.Process) {
 			m.MoveThread(100, 0, scratchAt)
 		}, "which is no code"},
