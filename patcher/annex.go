@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -50,10 +51,13 @@ type annexHeader struct {
 }
 
 func (h annexHeader) encode() ([]byte, error) {
-	body, err := json.Marshal(h)
-	if err != nil {
+	var out bytes.Buffer
+	e := json.NewEncoder(&out)
+	e.SetEscapeHTML(false) // names would outgrow the room kept for them
+	if err := e.Encode(h); err != nil {
 		return nil, err
 	}
+	body := out.Bytes()
 	if len(body) > maxAnnexHeader {
 		return nil, fmt.Errorf("annex header of %d bytes is over the limit of %d", len(body), maxAnnexHeader)
 	}
@@ -65,35 +69,56 @@ func (h annexHeader) encode() ([]byte, error) {
 	return append(b, body...), nil
 }
 
-// annexRoom is the length of header pages for n sites: fixed before the
-// addresses inside the header are known.
-func annexRoom(n int) uint64 { return pages(annexFixed + 4096 + uint64(n)*1024) }
-
 // annex is a header found in a process.
 type annex struct {
 	annexHeader
-	At  target.Addr
-	sum string // SHA-256 of the header's JSON, hex
+	At    target.Addr
+	sum   string // SHA-256 of the header's JSON, hex
+	live  bool   // in force: every entry is as this annex left it
+	ours  []bool // site by site: what stands at the entry is what this annex wrote
+	padIs []bool // likewise, for pads
 }
 
 // findAnnexes lists the annexes that belong to the image at base. What they
 // say is only a claim until it is checked against a verified release.
-func findAnnexes(p target.Process, regions []target.Region, base Loaded) []annex {
+func findAnnexes(p target.Process, regions []target.Region, base Loaded) ([]annex, error) {
 	found := annexesIn(p, regions, func(at target.Addr) bool { return near(at, base) })
-	return slices.DeleteFunc(found, func(a annex) bool { return a.Base != base.Base })
+	found = slices.DeleteFunc(found, func(a annex) bool { return a.Base != base.Base || a.Identity.SizeOfImage != base.Size })
+	for i := range found {
+		if err := found[i].look(p); err != nil {
+			return nil, err
+		}
+	}
+	return found, nil
 }
+
+const (
+	// maxAnnexes bounds the annexes of one process: one a sequence that ever ran in an image.
+	maxAnnexes = 256
+	// maxProbes bounds the places looked at in one process: a thousand images
+	// have some ten thousand pages where a header could begin.
+	maxProbes = 64 << 10
+	// maxHeaders bounds what is read as headers of one process, bytes.
+	maxHeaders = 64 << 20
+)
 
 func annexesIn(p target.Process, regions []target.Region, where func(target.Addr) bool) []annex {
 	var found []annex
+	probes, budget := 0, uint64(maxHeaders)
 	for _, r := range regions {
-		if r.Kind != target.Private || r.Inode != 0 || r.Prot != target.Read || r.Shared || !where(r.Start) {
+		if r.Kind != target.Private || r.Inode != 0 || r.Prot != target.Read || r.Shared {
 			continue
 		}
 		// Neighbouring mappings of one protection may be joined by the kernel:
 		// look at every place where an annex could begin.
-		last := min(r.End, r.Start+maxProbes*annexAlign)
-		for at := alignUp(r.Start, annexAlign); at < last && len(found) < maxAnnexes; at += annexAlign {
-			if a, ok := annexAt(p, at, uint64(r.End-at)); ok {
+		for at := alignUp(r.Start, annexAlign); at < r.End && at >= r.Start; at += annexAlign {
+			if !where(at) {
+				continue
+			}
+			if probes++; probes > maxProbes || len(found) == maxAnnexes {
+				return found
+			}
+			if a, ok := annexAt(p, at, uint64(r.End-at), &budget); ok {
 				found = append(found, a)
 			}
 		}
@@ -101,21 +126,16 @@ func annexesIn(p target.Process, regions []target.Region, where func(target.Addr
 	return found
 }
 
-// maxAnnexes bounds the annexes of one process: one a sequence that ever ran in an image.
-const maxAnnexes = 256
-
-// maxProbes bounds the places looked at in one region.
-const maxProbes = 1024
-
-func annexAt(p target.Process, at target.Addr, room uint64) (annex, bool) {
+func annexAt(p target.Process, at target.Addr, room uint64, budget *uint64) (annex, bool) {
 	var fixed [annexFixed]byte
 	if _, err := p.ReadAt(fixed[:], at); err != nil || string(fixed[:8]) != annexMagic {
 		return annex{}, false
 	}
-	n := binary.LittleEndian.Uint32(fixed[8:])
-	if n > maxAnnexHeader || uint64(n)+annexFixed > room {
+	n := uint64(binary.LittleEndian.Uint32(fixed[8:]))
+	if n > maxAnnexHeader || n+annexFixed > room || n > *budget {
 		return annex{}, false
 	}
+	*budget -= n
 	body := make([]byte, n)
 	if _, err := p.ReadAt(body, at+annexFixed); err != nil {
 		return annex{}, false
@@ -130,71 +150,133 @@ func annexAt(p target.Process, at target.Addr, room uint64) (annex, bool) {
 	return a, true
 }
 
-// sane checks what later code relies on: lengths and places inside the image and the annex.
+// sane checks what later code relies on: lengths, places inside the image and
+// the annex, and that what the sites write leads into this annex and nowhere else.
 func (a annex) sane() bool {
 	if a.Size == 0 || a.Size > maxReach || len(a.Sites) == 0 || len(a.Sites) > 2*maxFunctions || len(a.Nonce) != 32 {
 		return false
 	}
-	end := a.Base + target.Addr(a.Identity.SizeOfImage)
-	inside := func(at target.Addr, n int) bool {
-		return at >= a.Base && at+target.Addr(n) <= end && n > 0
+	own := target.Span{Start: a.At, End: a.At + target.Addr(a.Size)}
+	if own.End < own.Start || a.Identity.SizeOfImage > pe.MaxImageSize {
+		return false
 	}
+	// place gives the RVA of n bytes inside the image.
+	place := func(at target.Addr, n int) (uint32, bool) {
+		off := uint64(at - a.Base)
+		return uint32(off), at >= a.Base && off+uint64(n) <= uint64(a.Identity.SizeOfImage) && off+uint64(n) > off
+	}
+	var spans []pe.Span
 	for _, s := range a.Sites {
 		n := len(s.Original)
-		if n > longJump || n < shortJump || len(s.New) != n || len(s.Prev) != n || len(s.Canonical) != n || !inside(s.At, n) {
+		at, ok := place(s.At, n)
+		if !ok || (n != shortJump && n != longJump) || len(s.New) != n || len(s.Prev) != n || len(s.Canonical) != n ||
+			(at != s.RVA && at != s.RVA+uint32(len(endbr64))) || uint64(at)+uint64(n) > uint64(s.RVA)+uint64(s.Length) {
 			return false
 		}
-		if p := s.Pad; p != nil && (len(p.Original) != longJump || len(p.New) != longJump || len(p.Prev) != longJump || !inside(p.At, longJump)) {
+		spans = append(spans, pe.Span{Begin: at, End: at + uint32(n)})
+		if s.Target == 0 { // taken out by this sequence
+			if s.Pad != nil || !bytes.Equal(s.New, s.Original) {
+				return false
+			}
+			continue
+		}
+		from, long := s.At, s.New
+		if p := s.Pad; p != nil {
+			pad, ok := place(p.At, longJump)
+			if !ok || n != shortJump || pad+longJump != s.RVA || len(p.Original) != longJump || len(p.New) != longJump || len(p.Prev) != longJump ||
+				s.New[0] != 0xeb || s.At+shortJump+target.Addr(int64(int8(s.New[1]))) != p.At {
+				return false
+			}
+			spans = append(spans, pe.Span{Begin: pad, End: pad + longJump})
+			from, long = p.At, p.New
+		}
+		if len(long) != longJump || long[0] != 0xe9 || !own.Contains(from+longJump+target.Addr(int64(int32(binary.LittleEndian.Uint32(long[1:]))))) {
+			return false
+		}
+	}
+	sortBy(spans, func(s pe.Span) uint32 { return s.Begin })
+	for i := 1; i < len(spans); i++ {
+		if spans[i].Begin < spans[i-1].End {
 			return false
 		}
 	}
 	for _, s := range a.Parts {
-		if s.Start < a.At || s.End > a.At+target.Addr(a.Size) || s.End <= s.Start {
+		if s.Start < own.Start || s.End > own.End || s.End <= s.Start {
 			return false
 		}
 	}
 	return true
 }
 
-// inForce tells whether every entry in memory is as this annex left it.
-func (a annex) inForce(p target.Process) (bool, error) {
-	for _, s := range a.Sites {
-		have, err := read(p, s.At, len(s.New))
-		if err != nil {
+// look reads every entry and pad and compares it with what this annex wrote.
+// What cannot be read is not ours.
+func (a *annex) look(p target.Process) error {
+	is := func(at target.Addr, want []byte) (bool, error) {
+		have, err := read(p, at, len(want))
+		if errors.Is(err, target.ErrGone) || errors.Is(err, target.ErrDenied) {
 			return false, err
 		}
-		if !bytes.Equal(have, s.New) {
-			return false, nil
+		return err == nil && bytes.Equal(have, want), nil
+	}
+	a.live = true
+	a.ours, a.padIs = make([]bool, len(a.Sites)), make([]bool, len(a.Sites))
+	for i, s := range a.Sites {
+		var err error
+		if a.ours[i], err = is(s.At, s.New); err != nil {
+			return err
+		}
+		a.live = a.live && a.ours[i]
+		if s.Pad != nil {
+			if a.padIs[i], err = is(s.Pad.At, s.Pad.New); err != nil {
+				return err
+			}
 		}
 	}
-	return true, nil
+	return nil
 }
 
-// record is what the annex tells of the patch, for Adopt.
+// record is what the annex tells of the patch. What stood there before it is
+// not believed: back is always the original.
 func (a annex) record(id target.ID) Record {
+	sites := cloneSites(a.Sites)
+	for i := range sites {
+		sites[i].Prev, sites[i].Interior = bytes.Clone(sites[i].Original), nil
+	}
 	return Record{
 		ID: id, Image: a.Image, Base: a.Base, Size: a.Identity.SizeOfImage, Identity: a.Identity,
 		Product: a.Product, Release: a.Release, Sequence: a.Sequence, Hash: a.Hash, State: Applied,
-		Annex: a.At, AnnexSum: a.sum, AnnexEnd: a.At + target.Addr(a.Size), Parts: a.Parts, Nonce: a.Nonce, Header: a.Header, Sites: a.Sites, Adopted: true,
+		Annex: a.At, AnnexSum: a.sum, AnnexEnd: a.At + target.Addr(a.Size), Parts: a.Parts, Nonce: a.Nonce, Header: a.Header, Sites: sites, Adopted: true,
 	}
 }
 
-// overlays are the canonical bytes under the annexes' writes. A claim: the
-// hashes of the verified release decide whether it is believed.
+// overlays are the canonical bytes under the annexes' writes, where these
+// stand. A claim: the hashes of the verified release decide whether it is believed.
 func overlays(found []annex) []pe.Overlay {
 	var o []pe.Overlay
-	seen := map[uint32]bool{}
+	taken := map[uint32]bool{}
 	add := func(rva uint32, b []byte) {
-		if !seen[rva] {
-			o = append(o, pe.Overlay{RVA: rva, Bytes: b})
+		for i := range b {
+			if taken[rva+uint32(i)] {
+				return
+			}
 		}
-		seen[rva] = true
+		for i := range b {
+			taken[rva+uint32(i)] = true
+		}
+		o = append(o, pe.Overlay{RVA: rva, Bytes: b})
 	}
-	for _, a := range found {
-		for _, s := range a.Sites {
-			add(uint32(s.At-a.Base), s.Canonical)
-			if s.Pad != nil {
-				add(uint32(s.Pad.At-a.Base), s.Pad.Original) // filler is never relocated
+	for _, live := range []bool{true, false} {
+		for _, a := range found {
+			for i, s := range a.Sites {
+				if a.live != live {
+					continue
+				}
+				if a.ours[i] && s.Target != 0 {
+					add(uint32(s.At-a.Base), s.Canonical)
+				}
+				if s.Pad != nil && a.padIs[i] {
+					add(uint32(s.Pad.At-a.Base), s.Pad.Original) // filler is never relocated
+				}
 			}
 		}
 	}
@@ -235,11 +317,10 @@ func Claims(p target.Process) ([]Claim, error) {
 	}
 	var claims []Claim
 	for _, a := range annexesIn(p, regions, func(target.Addr) bool { return true }) {
-		ok, err := a.inForce(p)
-		if err != nil {
+		if err := a.look(p); err != nil {
 			return nil, err
 		}
-		if ok {
+		if a.live {
 			claims = append(claims, Claim{a.Base, a.Product, a.Release, a.Sequence, a.Hash})
 		}
 	}

@@ -39,15 +39,16 @@ func (x *Patcher) Apply(ctx context.Context, p target.Process, plan *Plan) (Reco
 func (x *Patcher) stage(ctx context.Context, p target.Process, plan *Plan) error {
 	rec := &plan.Record
 	for try := 0; ; try++ {
-		if err := x.journal(rec, Staging); err != nil {
-			return fmt.Errorf("cannot write the journal: %w", err)
+		if err := x.intend(rec, Staging); err != nil {
+			return err
 		}
 		err := fill(p, plan)
 		if err == nil {
-			if err := x.journal(rec, Staged); err != nil {
-				return errors.Join(fmt.Errorf("cannot write the journal: %w", err), giveBack(p, plan, len(plan.parts)))
+			if err = x.intend(rec, Staged); err == nil {
+				return nil
 			}
-			return nil
+			rec.State = Gave // the journal has it as staging, which comes to the same
+			return errors.Join(err, giveBack(p, plan, len(plan.parts)))
 		}
 		if errors.Is(err, target.ErrTaken) && try < placeTries && len(plan.others) > 0 {
 			at := plan.others[0]
@@ -124,8 +125,8 @@ func giveBack(p target.Process, plan *Plan, n int) error {
 // swapIn brings a staged record into force.
 func (x *Patcher) swapIn(ctx context.Context, p target.Process, rec *Record) (Record, error) {
 	rec.Attempts = 0
-	if err := x.journal(rec, Swapping); err != nil {
-		return *rec, fmt.Errorf("cannot write the journal: %w", err)
+	if err := x.intend(rec, Swapping); err != nil {
+		return *rec, err
 	}
 	err := x.attempt(ctx, p, forward(rec), rec)
 	return x.outcome(rec, err, Applied, Staged)
@@ -145,12 +146,13 @@ func (x *Patcher) attempt(ctx context.Context, p target.Process, c change, rec *
 		}
 		pause, err := swap(ctx, p, c, regions)
 		rec.Attempts++
-		if err == nil {
+		var held *thawError
+		if err == nil || errors.As(err, &held) && held.swapped {
 			rec.Pause = pause
-			return nil
-		}
-		if !errors.Is(err, target.ErrBusy) {
 			return err
+		}
+		if held != nil || !errors.Is(err, target.ErrBusy) {
+			return missing(p, err)
 		}
 		if i >= attempts {
 			return asBusy(err)
@@ -184,6 +186,7 @@ func busyText(err error) string {
 // did not happen.
 func (x *Patcher) outcome(rec *Record, err error, done, back State) (Record, error) {
 	var torn *tornError
+	var held *thawError
 	var refusal *Refusal
 	state := done
 	switch {
@@ -192,7 +195,13 @@ func (x *Patcher) outcome(rec *Record, err error, done, back State) (Record, err
 	case errors.As(err, &torn):
 		state = TornUp
 		err = &Refusal{Reason: Torn, Code: "torn", Remedy: RestartProcess, At: torn.at,
-			Text: fmt.Sprintf("an entry of %s could not be written back: restart process %d", rec.Image, rec.ID.PID), Detail: torn.Error(), Err: err}
+			Text: fmt.Sprintf("an entry of %s could not be written back: restart process %d", rec.Image, rec.ID.PID), Detail: err.Error(), Err: err}
+	case errors.As(err, &held):
+		if !held.swapped {
+			state = back
+		}
+		err = &Refusal{Reason: Failed, Code: "thaw", Remedy: RestartProcess,
+			Text: fmt.Sprintf("threads of process %d may still be held", rec.ID.PID), Detail: err.Error(), Err: err}
 	case errors.Is(err, target.ErrGone), errors.Is(err, errLost):
 		state = Lost
 	case errors.As(err, &refusal):
@@ -205,7 +214,7 @@ func (x *Patcher) outcome(rec *Record, err error, done, back State) (Record, err
 		rec.Note = err.Error()
 	}
 	if jerr := x.journal(rec, state); jerr != nil {
-		err = errors.Join(err, fmt.Errorf("cannot write the journal: %w", jerr))
+		err = errors.Join(err, jerr)
 	}
 	return *rec, err
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"fmt"
+	"strings"
 
 	"hotpatchd/pe"
 )
@@ -92,7 +93,7 @@ func NewPatch(o Origin, file []byte) (*Patch, error) {
 		if name == "" {
 			name = fmt.Sprintf("sub_%x", r.Place)
 		}
-		name = name[:min(len(name), maxName)]
+		name = strings.ToValidUTF8(name[:min(len(name), maxName)], "?")
 		x.Functions = append(x.Functions, Function{Name: name, RVA: r.Place, Target: r.Target, FunctionExtra: extra})
 	}
 	if len(x.Functions) == 0 || len(x.Functions) > maxFunctions {

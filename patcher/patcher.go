@@ -2,6 +2,7 @@ package patcher
 
 import (
 	"context"
+	"fmt"
 	"time"
 )
 
@@ -28,6 +29,18 @@ const (
 	longestWait     = 100 * time.Millisecond
 )
 
+// intend makes durable that an effect follows. If it cannot, nothing follows
+// and the record stays as it was.
+func (x *Patcher) intend(r *Record, s State) error {
+	was, at := r.State, r.At
+	if err := x.journal(r, s); err != nil {
+		r.State, r.At = was, at
+		return err
+	}
+	return nil
+}
+
+// journal makes the record durable in state s, which it is in, journaled or not.
 func (x *Patcher) journal(r *Record, s State) error {
 	r.State = s
 	if x.Now != nil {
@@ -36,7 +49,10 @@ func (x *Patcher) journal(r *Record, s State) error {
 	if x.Journal == nil {
 		return nil
 	}
-	return x.Journal(*r)
+	if err := x.Journal(*r); err != nil {
+		return fmt.Errorf("cannot write the journal: %w", err)
+	}
+	return nil
 }
 
 func (x *Patcher) sleep(ctx context.Context, d time.Duration) error {

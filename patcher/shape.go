@@ -266,6 +266,16 @@ func (o originals) canonical(p []byte, rva uint32) error {
 	return nil
 }
 
+// textIs tells whether the executable sections, our writes undone, have the
+// hash the release names.
+func (o originals) textIs(want string) (bool, error) {
+	id, err := o.im.Identity(o.overlays...)
+	if err != nil {
+		return false, fmt.Errorf("cannot hash the code of the base: %w", err)
+	}
+	return id.TextSHA256 == want, nil
+}
+
 // relocated gives the n bytes at rva as the loader left them in this process:
 // canonical, with base relocations applied. It never asks memory for the bytes
 // themselves, so nobody can smuggle in others.

@@ -54,9 +54,17 @@ func (e *tornError) Error() string {
 	return fmt.Sprintf("%s could not be written back: %v", e.at, e.err)
 }
 
+// thawError: threads may still be held. swapped tells whether the writes stand.
+type thawError struct {
+	swapped bool
+	err     error
+}
+
+func (e *thawError) Error() string { return e.err.Error() }
+
 // swap freezes the process, checks everything again, writes, reads back and
 // thaws. It is all or nothing: an error means that memory is as before, but
-// for a *tornError. This is the only place that writes live code.
+// for a *tornError and a *thawError. This is the only place that writes live code.
 func swap(ctx context.Context, p target.Process, c change, regions []target.Region) (pause time.Duration, err error) {
 	if err := touch(p, c.writes); err != nil { // page faults belong before the freeze
 		return 0, err
@@ -72,10 +80,11 @@ func swap(ctx context.Context, p target.Process, c change, regions []target.Regi
 	if m, ok := f.Frozen.(target.Pauser); ok {
 		pause = m.Pause()
 	}
-	if err == nil {
-		err = thawErr
+	var torn *tornError
+	if thawErr == nil || errors.Is(thawErr, target.ErrGone) || errors.As(err, &torn) {
+		return pause, err
 	}
-	return pause, err
+	return pause, &thawError{swapped: err == nil, err: errors.Join(thawErr, err)}
 }
 
 // freezeDeadline bounds a freeze whatever the number of threads; backends keep
@@ -90,13 +99,21 @@ func freeze(ctx context.Context, p target.Process) (held, error) {
 	timer := time.AfterFunc(freezeDeadline, cancel)
 	stop := context.AfterFunc(ctx, cancel)
 	f, err := p.Freeze(fctx)
-	timer.Stop()
-	stop()
+	late := !timer.Stop()
+	late = !stop() || late
 	if err != nil {
 		cancel()
 		return held{}, err
 	}
-	return held{Frozen: f, cancel: cancel}, nil
+	h := held{Frozen: f, cancel: cancel}
+	if late { // by a hair: it may run out at any moment
+		thawErr := thaw(h)
+		if thawErr != nil && !errors.Is(thawErr, target.ErrGone) {
+			return held{}, &thawError{err: thawErr}
+		}
+		return held{}, &target.Error{Op: "freeze", ID: p.Info().ID, Note: "its threads were not stopped in time", Err: target.ErrBusy}
+	}
+	return h, nil
 }
 
 // held ends the freeze's context with the freeze.
@@ -160,50 +177,68 @@ func put(p target.Process, at target.Addr, b []byte) error {
 // under memory pressure), hardly three times.
 const putBackTries = 3
 
-// putBack restores what was written, in reverse, and reads it back.
+// putBack restores what was written, in reverse, and reads it back. What cannot
+// be restored does not keep the rest from being restored.
 func putBack(p target.Process, writes []write, cause error) error {
+	var torn *tornError
 	for i := len(writes) - 1; i >= 0; i-- {
 		w := writes[i]
-		var err error
-		for range putBackTries {
-			if err = put(p, w.at, w.from); err != nil {
-				continue
-			}
-			var have []byte
-			if have, err = read(p, w.at, len(w.from)); err == nil && bytes.Equal(have, w.from) {
-				break
-			}
-			if err == nil {
-				err = fmt.Errorf("reads back % x", have)
-			}
+		err := restore(p, w)
+		if errors.Is(err, target.ErrGone) {
+			return err
 		}
-		if err != nil {
-			if errors.Is(err, target.ErrGone) {
-				return err
-			}
-			return &tornError{w.at, errors.Join(cause, err)}
+		if err != nil && torn == nil {
+			torn = &tornError{w.at, errors.Join(cause, err)}
 		}
 	}
+	if torn != nil {
+		return torn
+	}
 	return cause
+}
+
+// restore tries until a place reads as it did. Where writes are refused, as by
+// a freeze that ran out, what was never changed is still as it was.
+func restore(p target.Process, w write) (err error) {
+	for range putBackTries {
+		_, err = p.WriteAt(w.from, w.at)
+		if errors.Is(err, target.ErrGone) {
+			return err
+		}
+		have, rerr := read(p, w.at, len(w.from))
+		switch {
+		case errors.Is(rerr, target.ErrGone):
+			return rerr
+		case rerr == nil && bytes.Equal(have, w.from):
+			if err = p.Flush(w.at, len(w.from)); err == nil || errors.Is(err, target.ErrGone) {
+				return err
+			}
+		case err == nil && rerr != nil:
+			err = rerr
+		case err == nil:
+			err = fmt.Errorf("reads back % x", have)
+		}
+	}
+	return err
 }
 
 // sameModule compares the base's headers and the annex's nonce under the
 // freeze: the module may have been unloaded, and another put there.
 func sameModule(p target.Process, r *Record) error {
-	headers, err := read(p, r.Base, headerProbe)
+	sum, err := headerSum(p, r.Base)
 	if err != nil {
-		return lost(err, "%s at %s is not mapped any more", r.Image, r.Base)
+		return &unreadable{r.Base, r.Image, err}
 	}
-	if sum := sha256.Sum256(headers); hexOf(sum) != r.Header {
-		return lost(nil, "another module stands at %s", r.Base)
+	if sum != r.Header {
+		return fmt.Errorf("%w: another module stands at %s", errLost, r.Base)
 	}
 	fixed, err := read(p, r.Annex, annexFixed)
 	if err != nil {
-		return lost(err, "the annex at %s is not mapped any more", r.Annex)
+		return &unreadable{r.Annex, "the annex", err}
 	}
 	// The sum covers the header, nonce included.
 	if string(fixed[:8]) != annexMagic || hex.EncodeToString(fixed[16:]) != r.AnnexSum {
-		return lost(nil, "the annex at %s is gone", r.Annex)
+		return fmt.Errorf("%w: the annex at %s is gone", errLost, r.Annex)
 	}
 	return nil
 }
@@ -211,11 +246,34 @@ func sameModule(p target.Process, r *Record) error {
 // errLost: what the record speaks of is not there any more. Touch nothing.
 var errLost = errors.New("the image is not there any more")
 
-func lost(err error, format string, a ...any) error {
-	if errors.Is(err, target.ErrGone) {
+// unreadable: a place that should be mapped could not be read.
+type unreadable struct {
+	at   target.Addr
+	what string
+	err  error
+}
+
+func (e *unreadable) Error() string {
+	return fmt.Sprintf("cannot read %s at %s: %v", e.what, e.at, e.err)
+}
+
+func (e *unreadable) Unwrap() error { return e.err }
+
+// missing tells a place that is not mapped any more, which is lost, from one
+// that could not be read this time. Not under a freeze: it lists all mappings.
+func missing(p target.Process, err error) error {
+	var u *unreadable
+	if !errors.As(err, &u) || errors.Is(err, target.ErrGone) || errors.Is(err, target.ErrDenied) {
 		return err
 	}
-	return fmt.Errorf("%w: %s", errLost, fmt.Sprintf(format, a...))
+	regions, rerr := p.Regions()
+	if rerr != nil {
+		return errors.Join(err, rerr)
+	}
+	if _, ok := regionAt(regions, u.at); ok {
+		return err
+	}
+	return fmt.Errorf("%w: %s at %s is not mapped any more", errLost, u.what, u.at)
 }
 
 // standsAt compares every place with what the plan saw there.
@@ -223,7 +281,7 @@ func standsAt(p target.Process, writes []write) error {
 	for _, w := range writes {
 		have, err := read(p, w.at, len(w.from))
 		if err != nil {
-			return err
+			return &unreadable{w.at, w.name, err}
 		}
 		if !bytes.Equal(have, w.from) {
 			return drifted(w.at, w.from, have, w.name)
@@ -236,7 +294,7 @@ func standsAt(p target.Process, writes []write) error {
 func touch(p target.Process, writes []write) error {
 	for _, w := range writes {
 		if _, err := read(p, w.at, len(w.from)); err != nil {
-			return err
+			return &unreadable{w.at, w.name, err}
 		}
 	}
 	return nil

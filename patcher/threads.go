@@ -34,6 +34,11 @@ func checkThreads(p target.Process, f target.Frozen, c change, regions []target.
 		if name, hit := s.pc(t.PC); hit {
 			return busy(t.PC, "thread %d is in the first bytes of %s%s", t.ID, name, doing(t))
 		}
+		for _, r := range t.Regs { // about to be jumped to
+			if s.has(target.Addr(r)) {
+				return busy(target.Addr(r), "thread %d holds an address in the first bytes of %s%s", t.ID, s.name(target.Addr(r)), doing(t))
+			}
+		}
 	}
 	if len(s.at) == 0 {
 		return nil // no interior: no return address can point there
@@ -43,7 +48,7 @@ func checkThreads(p target.Process, f target.Frozen, c change, regions []target.
 		if t.Stack.End <= t.Stack.Start {
 			return busy(t.SP, "thread %d has its stack pointer outside any memory%s", t.ID, doing(t))
 		}
-		spans = append(spans, stackSpan{target.Span{Start: t.Stack.Start - redZone, End: t.Stack.End}, t})
+		spans = append(spans, stackFrom(t.SP, t.Stack.End, t))
 	}
 	return s.scan(p, f, spans, regions)
 }
@@ -55,9 +60,16 @@ func doing(t target.Thread) string {
 	return " (" + t.State + ")"
 }
 
+// stackSpan is a run of stack memory.
 type stackSpan struct {
 	target.Span
-	thread target.Thread
+	sp     target.Addr   // Start and the red zone
+	thread target.Thread // the lowest on it
+	odd    bool          // a stack pointer in it is no multiple of 8: so may be the words
+}
+
+func stackFrom(sp, end target.Addr, t target.Thread) stackSpan {
+	return stackSpan{target.Span{Start: sp - min(sp, redZone), End: end}, sp, t, sp%8 != 0}
 }
 
 // interiorSet answers whether an address is one where nothing may be.
@@ -114,6 +126,7 @@ func (s *interiorSet) name(a target.Addr) string {
 func (s *interiorSet) scan(p target.Process, f target.Frozen, spans []stackSpan, regions []target.Region) error {
 	inter, _ := f.(target.Interrupter)
 	total := 0
+	var done []stackSpan
 	for len(spans) > 0 {
 		spans = merge(spans)
 		var more []stackSpan
@@ -127,12 +140,11 @@ func (s *interiorSet) scan(p target.Process, f target.Frozen, spans []stackSpan,
 				if total += min(n, maxStacks+1); total > maxStacks {
 					return busy(span.thread.SP, "the stacks are too deep to check: more than %d MiB, thread %d", maxStacks>>20, span.thread.ID)
 				}
-				b, err := readStack(p, &run)
+				b, err := readStack(p, span, &run)
 				if err != nil {
 					return err
 				}
-				run := stackSpan{run, span.thread}
-				if err := s.words(b, run); err != nil {
+				if err := s.words(b, run.Start, span); err != nil {
 					return err
 				}
 				if inter == nil {
@@ -145,7 +157,8 @@ func (s *interiorSet) scan(p target.Process, f target.Frozen, spans []stackSpan,
 				more = append(more, below...)
 			}
 		}
-		spans = remaining(more, spans)
+		done = append(done, spans...) // a frame may lead back to a stack that was read
+		spans = remaining(more, done)
 	}
 	return nil
 }
@@ -159,27 +172,29 @@ func touched(p target.Process, span stackSpan, regions []target.Region) ([]targe
 	if !ok || span.End-span.Start < largeStack {
 		return all, nil
 	}
-	if r, ok := regionAt(regions, span.thread.SP); !ok || r.Inode != 0 || r.Shared {
+	if r, ok := regionAt(regions, span.sp); !ok || r.Inode != 0 || r.Shared {
 		return all, nil
 	}
 	return m.Touched(span.Span)
 }
 
-// readStack reads one run; the red zone may reach below the mapping.
-func readStack(p target.Process, run *target.Span) ([]byte, error) {
+// readStack reads one run. Only the red zone may be unreadable, where it lies
+// on the page before: a stack may begin at the start of its mapping.
+func readStack(p target.Process, span stackSpan, run *target.Span) ([]byte, error) {
 	b := make([]byte, run.End-run.Start)
 	_, err := p.ReadAt(b, run.Start)
-	if err == nil || errors.Is(err, target.ErrGone) || len(b) <= redZone {
+	skip := alignUp(run.Start, target.PageSize) - run.Start
+	if err == nil || errors.Is(err, target.ErrGone) || run.Start != span.Start || run.Start+skip > span.sp || skip >= target.Addr(len(b)) {
 		return b, err
 	}
-	b = b[redZone:]
-	run.Start += redZone
+	b = b[skip:]
+	run.Start += skip
 	_, err = p.ReadAt(b, run.Start)
 	return b, err
 }
 
 // interruptedStacks follows signal frames to the stacks below them.
-func interruptedStacks(inter target.Interrupter, b []byte, run, span stackSpan, regions []target.Region) ([]stackSpan, error) {
+func interruptedStacks(inter target.Interrupter, b []byte, run target.Span, span stackSpan, regions []target.Region) ([]stackSpan, error) {
 	var more []stackSpan
 	for _, sp := range inter.Interrupted(b, run.Start) {
 		r, ok := regionAt(regions, sp)
@@ -189,44 +204,51 @@ func interruptedStacks(inter target.Interrupter, b []byte, run, span stackSpan, 
 		if sp >= span.Start && sp < span.End {
 			continue // same stack, read already
 		}
-		more = append(more, stackSpan{target.Span{Start: sp - redZone, End: r.End}, span.thread})
+		more = append(more, stackFrom(sp, r.End, span.thread))
 	}
 	return more, nil
 }
 
-// words looks at every aligned 8-byte word.
-func (s *interiorSet) words(b []byte, span stackSpan) error {
-	skip := int(-uint64(span.Start) & 7)
+// words looks at every aligned 8-byte word, at every 8 bytes where a stack
+// pointer is not aligned.
+func (s *interiorSet) words(b []byte, start target.Addr, span stackSpan) error {
+	i, step := int(-uint64(start)&7), 8
+	if span.odd {
+		i, step = 0, 1
+	}
 	low, high := uint64(s.low), uint64(s.high)
-	for i := skip; i+8 <= len(b); i += 8 {
+	for ; i+8 <= len(b); i += step {
 		w := binary.LittleEndian.Uint64(b[i:])
 		if w < low || w > high || !s.has(target.Addr(w)) {
 			continue
 		}
-		at := span.Start + target.Addr(i)
-		return busy(at, "a frame of thread %d%s returns into the first bytes of %s", span.thread.ID, doing(span.thread), s.name(target.Addr(w)))
+		return busy(start+target.Addr(i), "a frame of thread %d%s returns into the first bytes of %s", span.thread.ID, doing(span.thread), s.name(target.Addr(w)))
 	}
 	return nil
 }
 
-// merge joins overlapping spans: threads of a Go program share one mapping.
+// merge joins overlapping spans: threads of a Go program share one mapping, and
+// each stack seems to reach to its end. The pieces between are told by thread.
 func merge(spans []stackSpan) []stackSpan {
 	sortBy(spans, func(s stackSpan) target.Addr { return s.Start })
-	out := spans[:1]
-	for _, s := range spans[1:] {
-		last := &out[len(out)-1]
-		if s.Start <= last.End {
-			last.End = max(last.End, s.End)
-			continue
+	var out []stackSpan
+	for i, s := range spans {
+		if i+1 < len(spans) && spans[i+1].Start < s.End {
+			next := &spans[i+1]
+			next.End = max(next.End, s.End)
+			s.End = min(s.End, alignUp(next.Start, 8)+8) // no word lies in neither
 		}
-		out = append(out, s)
+		if s.End > s.Start {
+			out = append(out, s)
+		}
 	}
 	return out
 }
 
-// remaining drops spans that were read already.
+// remaining drops what was read already: spans that begin in one of done. Both
+// reach to the end of their mapping.
 func remaining(more, done []stackSpan) []stackSpan {
 	return slices.DeleteFunc(more, func(m stackSpan) bool {
-		return slices.ContainsFunc(done, func(d stackSpan) bool { return m.Start >= d.Start && m.End <= d.End })
+		return slices.ContainsFunc(done, func(d stackSpan) bool { return m.Start >= d.Start && m.Start < d.End })
 	})
 }

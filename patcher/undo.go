@@ -3,7 +3,6 @@ package patcher
 import (
 	"bytes"
 	"context"
-	"fmt"
 
 	"hotpatchd/patcher/target"
 )
@@ -18,85 +17,67 @@ func (x *Patcher) Undo(ctx context.Context, p target.Process, rec Record) (Recor
 	if err := CheckGuards(p.Info()); err != nil {
 		return rec, err
 	}
-	kind, err := standing(p, rec)
+	m, err := standing(p, rec)
 	if err != nil {
 		return x.outcome(&rec, err, rec.State, rec.State)
 	}
-	if kind == allOriginal {
+	if m.original {
 		return x.outcome(&rec, nil, Undone, Undone)
 	}
 	back := rec.State
-	if err := x.journal(&rec, Undoing); err != nil {
-		return rec, fmt.Errorf("cannot write the journal: %w", err)
-	}
-	c, err := partial(p, &rec, func(s Site) []byte { return s.Original })
-	if err == nil {
-		err = x.attempt(ctx, p, c, &rec)
-	}
-	if back == Undoing || back == Swapping {
+	if m.new {
 		back = Applied
 	}
+	if err := x.intend(&rec, Undoing); err != nil {
+		return rec, err
+	}
+	err = x.attempt(ctx, p, m.change(&rec, func(s Site) []byte { return s.Original }), &rec)
 	return x.outcome(&rec, err, Undone, back)
 }
 
-// kindOfMemory is what the entries of a record look like taken together.
-type kindOfMemory int
-
-const (
-	allNew kindOfMemory = iota
-	allPrev
-	allOriginal
-	mixed
-)
-
-// standing reads every entry of a record. An entry that is none of ours is drift.
-func standing(p target.Process, rec Record) (kindOfMemory, error) {
-	news, prevs, originals := 0, 0, 0
-	for _, s := range rec.Sites {
-		have, err := read(p, s.At, len(s.New))
-		if err != nil {
-			return 0, lost(err, "%s at %s is not mapped any more", rec.Image, rec.Base)
-		}
-		known := false
-		if bytes.Equal(have, s.New) {
-			news, known = news+1, true
-		}
-		if bytes.Equal(have, s.Prev) {
-			prevs, known = prevs+1, true
-		}
-		if bytes.Equal(have, s.Original) {
-			originals, known = originals+1, true
-		}
-		if !known {
-			if err := sameModule(p, &rec); err != nil {
-				return 0, err
-			}
-			return 0, drifted(s.At, s.New, have, s.Function)
-		}
-	}
-	switch n := len(rec.Sites); {
-	case news == n:
-		return allNew, nil
-	case originals == n:
-		return allOriginal, nil
-	case prevs == n:
-		return allPrev, nil
-	}
-	return mixed, nil
+// stood is what stands at the entries of a record, each of them known to be
+// of its making, and what that is taken together. More than one may be true.
+type stood struct {
+	have                [][]byte
+	new, prev, original bool
 }
 
-// partial lists the writes that bring whatever of ours stands at each entry to
-// the wanted bytes.
-func partial(p target.Process, rec *Record, to func(Site) []byte) (change, error) {
-	c := change{rec: rec}
+// standing reads every entry of a record. An entry that is none of ours is drift.
+func standing(p target.Process, rec Record) (stood, error) {
+	m := stood{new: true, prev: true, original: true}
 	for _, s := range rec.Sites {
 		have, err := read(p, s.At, len(s.New))
 		if err != nil {
-			return c, err
+			return m, missing(p, &unreadable{s.At, rec.Image, err})
 		}
-		if !bytes.Equal(have, to(s)) {
-			c.writes = append(c.writes, write{s.At, have, to(s), s.Function})
+		isNew, isPrev, isOriginal := bytes.Equal(have, s.New), bytes.Equal(have, s.Prev), bytes.Equal(have, s.Original)
+		if !isNew && !isPrev && !isOriginal {
+			if err := sameModule(p, &rec); err != nil {
+				return m, missing(p, err)
+			}
+			return m, drifted(s.At, s.New, have, s.Function)
+		}
+		m.have = append(m.have, have)
+		m.new, m.prev, m.original = m.new && isNew, m.prev && isPrev, m.original && isOriginal
+	}
+	return m, nil
+}
+
+// change lists the writes that bring what stood at each entry to the wanted
+// bytes. Where an original gives way, nothing may stand anywhere inside it:
+// what the plan knew of its instructions was for another moment.
+func (m stood) change(rec *Record, to func(Site) []byte) change {
+	c := change{rec: rec}
+	for i, s := range rec.Sites {
+		if bytes.Equal(m.have[i], to(s)) {
+			continue
+		}
+		c.writes = append(c.writes, write{s.At, m.have[i], to(s), s.Function})
+		if bytes.Equal(m.have[i], s.Original) {
+			for k := 1; k < len(s.Original); k++ {
+				c.interior = append(c.interior, s.At+target.Addr(k))
+			}
 		}
 	}
-	return c, nil
+	return c
 }

@@ -27,7 +27,7 @@ func checkData(base, fix *file, dead []pe.Span) error {
 			continue
 		}
 		for _, s := range fix.byName[name] {
-			if !fix.inWritable(s.RVA) || !slices.ContainsFunc(base.byName[name], func(b pe.Symbol) bool { return base.inWritable(b.RVA) }) {
+			if fix.inImports(s.RVA) || !fix.inWritable(s.RVA) || !slices.ContainsFunc(base.byName[name], func(b pe.Symbol) bool { return base.inWritable(b.RVA) }) {
 				continue
 			}
 			v := variable{Span: pe.Span{Begin: s.RVA, End: fix.dataEnd(s.RVA)}, name: name}
@@ -47,6 +47,18 @@ func checkData(base, fix *file, dead []pe.Span) error {
 		return err
 	}
 	return fix.checkOperands(copies, dead)
+}
+
+// inImports tells a label of the import tables (import libraries of binutils
+// put fthunk and hname there) from a variable.
+func (f *file) inImports(rva uint32) bool {
+	const importDirectory, addressTable = 1, 12
+	for _, n := range []int{importDirectory, addressTable} {
+		if d := f.Directories[n]; d.Size > 0 && rva >= d.RVA && rva-d.RVA < d.Size {
+			return true
+		}
+	}
+	return slices.ContainsFunc(f.imports, func(i pe.Import) bool { return rva >= i.Slot && rva < i.Slot+8 })
 }
 
 // dataEnd is where the next symbol behind a variable begins, or its section ends.
