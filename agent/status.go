@@ -362,6 +362,16 @@ func (a *Agent) attention(v View, s *snapshot) []control.Attention {
 			add(c.Why.Code, control.SeverityWarning, fmt.Sprintf("%s cannot be used here, %s is: %s", c.Latest.ID, c.Want.ID, c.Why.Text), string(remedyFor(c.Why)), now, public)
 		}
 	}
+	// What was said before stands since then.
+	if old := a.shown.Load(); old != nil {
+		for i := range out {
+			for _, was := range old.status.Attention {
+				if was.Code == out[i].Code && was.Text == out[i].Text && was.Since.Before(out[i].Since.Time) {
+					out[i].Since = was.Since
+				}
+			}
+		}
+	}
 	for i := range out {
 		if out[i].Remedy == "" {
 			out[i].Remedy = "none"

@@ -16,9 +16,9 @@ func TestProcessLeavesAtEveryOperation(t *testing.T) {
 		t.Run(string(f.Do), func(t *testing.T) {
 			w := works()[0]
 			r := sweepRig(t, w)
-			if _, err := r.life.client.ReleaseHold(context.Background(), "R1", ""); err != nil {
-				t.Fatal(err)
-			}
+			_, err := r.life.client.ReleaseHold(context.Background(), "R1", "")
+			must(t, err)
+			must(t, r.until(func() string { return said(r.agree("R1")) })) // it is loaded
 			swept := 0
 			for n := 1; ; n++ {
 				pid := 200 + n
@@ -75,6 +75,7 @@ func TestWritesFailForGood(t *testing.T) {
 	r := sweepRig(t, works()[0])
 	_, err := r.life.client.ReleaseHold(context.Background(), "R1", "")
 	must(t, err)
+	must(t, r.until(func() string { return said(r.agree("R1")) })) // it is loaded
 	mixes := 0
 	for n := 1; ; n++ {
 		pid := 200 + n

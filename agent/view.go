@@ -15,6 +15,7 @@ import (
 	"go.uber.org/zap"
 
 	"hotpatchd/agent/control"
+	"hotpatchd/agent/release"
 	"hotpatchd/agent/store"
 	"hotpatchd/patcher"
 	"hotpatchd/patcher/target"
@@ -201,7 +202,8 @@ func (a *Agent) imagesOf(ctx context.Context, id target.ID) ([]ImageView, error)
 	for i, l := range images {
 		out[i] = ImageView{Name: l.Name, Path: l.Path, Base: l.Base, Identity: headers(l.Image), Tried: map[string]Try{}}
 		for _, c := range claims {
-			if c.Base == l.Base {
+			// Foreign memory may claim anything: what is no id is no claim.
+			if c.Base == l.Base && release.ValidID(c.Release) && release.ValidID(c.Product) {
 				out[i].Claims = append(out[i].Claims, c)
 			}
 		}
