@@ -37,6 +37,11 @@ OUT goes OUT` + release.BaseSuffix + `, the identity of the base, which "release
 			if o.Base, err = readInput(base); err != nil {
 				return err
 			}
+			for _, input := range append([]string{base, fix}, symbols...) {
+				if sameFile(input, out) {
+					return fmt.Errorf("--output %s is one of the inputs: name another file", out)
+				}
+			}
 			if o.Fix, err = readInput(fix); err != nil {
 				return err
 			}
@@ -118,6 +123,13 @@ func readSymbols(names []string) ([]build.SymbolFile, error) {
 }
 
 // readInput reads a whole file of bounded size.
+// sameFile tells whether two names are of one file, however they are written.
+func sameFile(a, b string) bool {
+	x, errA := os.Stat(a)
+	y, errB := os.Stat(b)
+	return errA == nil && errB == nil && os.SameFile(x, y)
+}
+
 func readInput(name string) ([]byte, error) {
 	info, err := os.Stat(name)
 	if err != nil {

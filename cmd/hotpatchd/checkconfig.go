@@ -143,7 +143,7 @@ func (c *checker) repository(cfg *agent.Config) {
 	case r.URL == "":
 		c.note("repository", "none: releases come as files, verified to %s", r.Root)
 	default:
-		c.ok("repository", "%s, verified to %s", r.URL, r.Root)
+		c.ok("repository", "%s; %s is a root of trust. Nothing was fetched: hotpatch check does that", r.URL, r.Root)
 	}
 }
 

@@ -72,6 +72,8 @@ type story struct {
 	dir    string
 	client operator
 	pids   []int
+	// unheard: nobody reads what is printed any more.
+	unheard error
 }
 
 func demoCommand(c *command, args []string, out, errOut io.Writer) int {
@@ -83,8 +85,9 @@ func demoCommand(c *command, args []string, out, errOut io.Writer) int {
 		}
 		return exitUsage
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
+	signal.Ignore(syscall.SIGPIPE) // a reader that goes away must not keep us from cleaning up
 	s, why, err := chooseStage(*backend)
 	if err != nil {
 		fmt.Fprintln(errOut, "hotpatchd: "+err.Error())
@@ -122,7 +125,11 @@ func chooseStage(backend string) (s stage, why string, err error) {
 		}
 	}
 	if why == "" {
-		return &realStage{}, "", nil
+		release, err := alone()
+		if err != nil {
+			return nil, "", err
+		}
+		return &realStage{release: release}, "", nil
 	}
 	if backend == "ptrace" {
 		return nil, "", errors.New(why)
@@ -153,12 +160,17 @@ func tell(ctx context.Context, s stage, out io.Writer) (err error) {
 		if err := part(ctx); err != nil {
 			return err
 		}
+		if d.unheard != nil {
+			return fmt.Errorf("cannot print: %w", d.unheard)
+		}
 	}
 	return nil
 }
 
 func (d *story) say(what, format string, a ...any) {
-	fmt.Fprintf(d.out, "%-16s %s\n", what, fmt.Sprintf(format, a...))
+	if _, err := fmt.Fprintf(d.out, "%-16s %s\n", what, fmt.Sprintf(format, a...)); err != nil {
+		d.unheard = err
+	}
 }
 
 func (d *story) path(name string) string { return filepath.Join(d.dir, name) }

@@ -21,6 +21,8 @@ type realStage struct {
 	dir   string
 	hosts map[int]*demoHost
 	proc  *exec.Cmd
+	// release ends our being the only demonstration.
+	release func()
 }
 
 // demoHost is one running pe-host and the line it is asked over.
@@ -160,6 +162,7 @@ func (s *realStage) daemon(config string) error {
 	defer log.Close()
 	s.proc = exec.Command(self, "run", "--config", config)
 	s.proc.Stdout, s.proc.Stderr = log, log
+	endWithUs(s.proc)
 	return s.proc.Start()
 }
 
@@ -175,6 +178,7 @@ func (s *realStage) kill() error {
 }
 
 func (s *realStage) close() {
+	defer s.release()
 	if s.proc != nil {
 		s.proc.Process.Signal(os.Interrupt)
 		done := make(chan struct{})
