@@ -312,7 +312,7 @@ func unsettled(r patcher.Record) bool {
 }
 
 // blocks are the reasons that no word of an operator stands behind.
-var blocks = map[string]bool{"out-of-scope": true, "feature": true, "damaged": true, "fetch": true}
+var blocks = map[string]bool{"out-of-scope": true, "feature": true, "consistency": true, "damaged": true, "fetch": true}
 
 func remedyFor(r reason) control.Remedy {
 	switch r.Code {
@@ -320,7 +320,7 @@ func remedyFor(r reason) control.Remedy {
 		return control.RemedyWait
 	case "baseline":
 		return control.RemedyBaseline
-	case "feature", "damaged":
+	case "feature", "consistency", "damaged":
 		return control.RemedyAuthor
 	}
 	return control.RemedyPolicy

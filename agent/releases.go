@@ -150,6 +150,10 @@ func (a *Agent) load(ctx context.Context, o repository.Offer) *loaded {
 		return l
 	}
 	l.manifest = r.Manifest
+	if r.Consistency != "" && r.Consistency != release.ConsistencyEntry {
+		l.problem = because("consistency", "%s asks for consistency %q; this daemon reaches \"entry\" only", o.ID, r.Consistency)
+		return l
+	}
 	if unknown := unknownFeatures(r.Requires.Features); len(unknown) > 0 {
 		l.problem = because("feature", "%s needs the feature %q, which this daemon does not have", o.ID, unknown[0])
 		return l
