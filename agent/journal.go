@@ -89,6 +89,9 @@ func (a *Agent) journal(r patcher.Record, info target.Info, by control.Caller) e
 			stored = former(r)
 		}
 	}
+	if a.stands(stored) {
+		return nil // memory was asked, and is as recorded
+	}
 	err := a.update(func(tx *store.Tx) error {
 		if keep {
 			b, err := json.Marshal(stored)
@@ -118,6 +121,14 @@ func (a *Agent) journal(r patcher.Record, info target.Info, by control.Caller) e
 		delete(a.records, r.Key())
 	}
 	return nil
+}
+
+// stands tells whether this very patch is recorded as applied already.
+func (a *Agent) stands(r patcher.Record) bool {
+	a.recMu.Lock()
+	defer a.recMu.Unlock()
+	old, ok := a.records[r.Key()]
+	return ok && old.State == patcher.Applied && r.State == patcher.Applied && old.AnnexSum == r.AnnexSum && old.Boot == r.Boot
 }
 
 // historyOf tells an outcome in one line; steps on the way leave no line.
@@ -195,7 +206,7 @@ func (a *Agent) recordsOf(id target.ID, base target.Addr) map[string]patcher.Rec
 // former is the record of the older sequence that r replaces: in force as long as r is not.
 func former(r patcher.Record) patcher.Record {
 	p := *r.Previous
-	p.Boot, p.State, p.At = r.Boot, patcher.Applied, r.At
+	p.Boot, p.State, p.At, p.Adopted = r.Boot, patcher.Applied, r.At, false
 	return p
 }
 

@@ -89,11 +89,12 @@ func init() {
 		"attention":    (*script).wantAttention,
 		"no-attention": (*script).wantNoAttention,
 		"history":      (*script).wantHistory, // ACTION [KEY=VALUE…]
-		"list":         (*script).wantList,    // ID [KEY=VALUE…]
-		"change":       (*script).wantChange,  // KEY=VALUE…
-		"verify":       (*script).wantVerify,  // ok | KEY=VALUE…
-		"plan":         (*script).wantPlan,    // PID NAME [KEY=VALUE…]
-		"error":        (*script).wantError,   // WORDS
+		"no-history":   (*script).wantNoHistory,
+		"list":         (*script).wantList,   // ID [KEY=VALUE…]
+		"change":       (*script).wantChange, // KEY=VALUE…
+		"verify":       (*script).wantVerify, // ok | KEY=VALUE…
+		"plan":         (*script).wantPlan,   // PID NAME [KEY=VALUE…]
+		"error":        (*script).wantError,  // WORDS
 	}
 }
 

@@ -284,34 +284,44 @@ func (s *script) wantNoAttention(words []string) error {
 }
 
 func (s *script) wantHistory(words []string) error {
-	return s.until(func() string {
-		found := "there is no such entry"
-		err := s.ask(func(ctx context.Context, c *control.Client) error {
-			h, err := c.History(ctx, 10000)
-			if err != nil {
-				return err
-			}
-			for _, e := range h.Entries {
-				if e.Action != arg(words, 0) {
-					continue
-				}
-				keys := fields(e)
-				for _, k := range []string{"product", "release", "pid", "exe", "image", "text"} { // left out where empty
-					if keys[k] == nil {
-						keys[k] = ""
-					}
-				}
-				if found = differ(keys, words[1:]); found == "" {
-					return nil
-				}
-			}
-			return nil
-		})
+	return s.until(func() string { return s.historySays(words) })
+}
+
+func (s *script) wantNoHistory(words []string) error {
+	if s.historySays(words) == "" {
+		return errors.New("there is such an entry")
+	}
+	return nil
+}
+
+// historySays is "" if an entry has this action and these keys, else what is found.
+func (s *script) historySays(words []string) string {
+	found := "there is no such entry"
+	err := s.ask(func(ctx context.Context, c *control.Client) error {
+		h, err := c.History(ctx, 10000)
 		if err != nil {
-			return err.Error()
+			return err
 		}
-		return found
+		for _, e := range h.Entries {
+			if e.Action != arg(words, 0) {
+				continue
+			}
+			keys := fields(e)
+			for _, k := range []string{"product", "release", "pid", "exe", "image", "text"} { // left out where empty
+				if keys[k] == nil {
+					keys[k] = ""
+				}
+			}
+			if found = differ(keys, words[1:]); found == "" {
+				return nil
+			}
+		}
+		return nil
 	})
+	if err != nil {
+		return err.Error()
+	}
+	return found
 }
 
 func (s *script) wantList(words []string) error {

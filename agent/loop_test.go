@@ -1,0 +1,128 @@
+package agent
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+
+	"hotpatchd/agent/control"
+	"hotpatchd/agent/release"
+	"hotpatchd/agent/repository"
+	"hotpatchd/patcher"
+	"hotpatchd/patcher/target"
+	"hotpatchd/patcher/target/sim"
+	"hotpatchd/pe"
+)
+
+// A busy image is tried again by itself, long before the next scan; and while
+// nothing waits, the loop sleeps.
+func TestBusyIsTriedAgainWithoutAWake(t *testing.T) {
+	rva, err := rvaOf("mingw/app.dll", "vuln")
+	must(t, err)
+	r := newRig(t, &sim.Scene{Format: sim.SceneFormat, Seed: 1, Processes: []sim.Process{{PID: sweepPID,
+		Modules: []sim.Module{{File: "mingw/app.dll"}}, Threads: []sim.Thread{{ID: 177, PC: fmt.Sprintf("app.dll!+%#x", rva+1)}}}}})
+	r.cfg.Backend.ScanEvery = longScan
+	must(t, r.publish(repository.PublishOptions{}, &release.Manifest{ID: "R1", Product: "app", Sequence: 1}, image{"mingw/app-ref-1.dll"}))
+	must(t, r.start())
+	defer func() { must(t, r.stop()) }()
+	must(t, r.until(func() string {
+		row, err := r.row(sweepPID)
+		if err != nil || row == nil || row.State != control.Busy || row.Attempts < 2 {
+			return fmt.Sprintf("%+v %v", row, err)
+		}
+		return ""
+	}))
+	must(t, r.until(func() string { return said(r.m.MoveThread(sweepPID, 177, fmt.Sprintf("app.dll!+%#x", rva+60))) }))
+	must(t, r.until(func() string { return said(r.agree("R1")) }))
+	// A pass that was under way may still end; after it nobody looks.
+	must(t, r.life.agent.Alive(context.Background()))
+	before := r.m.Ops()
+	for range 5 {
+		must(t, r.life.agent.Alive(context.Background()))
+	}
+	if n := r.m.Ops() - before; n > 1 {
+		t.Errorf("%d operations while nothing is to be done", n)
+	}
+	must(t, r.judge())
+}
+
+// forge makes an annex header that claims to be in force in app.dll: it has
+// taken vuln out, which therefore stands as it always did.
+func forge(t *testing.T, base target.Addr, rva uint32, product, id string, bytes []byte) []any {
+	t.Helper()
+	body, err := json.Marshal(map[string]any{
+		"nonce": strings.Repeat("0", 32), "base": base, "size": 0x10000, "identity": pe.Identity{SizeOfImage: 0xb000}, "image": "app.dll",
+		"product": product, "release": id, "sequence": 1, "hash": strings.Repeat("0", 64), "parts": []target.Span{}, "header": strings.Repeat("0", 64),
+		"sites": []patcher.Site{{Function: "vuln", RVA: rva, Length: uint32(len(bytes)), At: base + target.Addr(rva), Original: bytes, Canonical: bytes, Prev: bytes, New: bytes}},
+	})
+	must(t, err)
+	b := append([]byte("HPANNEX\x01"), make([]byte, 40)...)
+	binary.LittleEndian.PutUint32(b[8:], uint32(len(body)))
+	sum := sha256.Sum256(body)
+	copy(b[16:], sum[:])
+	b = append(b, body...)
+	var words []any
+	for len(b)%8 != 0 {
+		b = append(b, 0)
+	}
+	for i := 0; i < len(b); i += 8 {
+		words = append(words, binary.LittleEndian.Uint64(b[i:]))
+	}
+	return words
+}
+
+// A process whose memory claims to be patched by us is not believed: what is no
+// id is passed over, and a release that is named falsely is said to be so.
+func TestForgedClaims(t *testing.T) {
+	rva, err := rvaOf("mingw/app.dll", "vuln")
+	must(t, err)
+	const base = 0x7100_0000_0000
+	first, err := hex.DecodeString("0000000000")
+	must(t, err)
+	plain, err := sim.New(&sim.Scene{Format: sim.SceneFormat, Processes: []sim.Process{{PID: 1, Modules: []sim.Module{{File: "mingw/app.dll", Base: base}}}}}, sceneFiles())
+	must(t, err)
+	first, err = plain.Peek(1, base+target.Addr(rva), len(first))
+	must(t, err)
+	for _, c := range []struct {
+		product, id string
+		state       control.ImageState
+		code        string
+	}{
+		{"app", "\x1b[31mR1", control.Patched, ""},
+		{"app", strings.Repeat("R", 1000), control.Patched, ""},
+		{"../app", "R1", control.Patched, ""},
+		{"app", "R1", control.Drifted, "claim"},
+		{"app", "R9", control.Blocked, "unknown-release"},
+	} {
+		r := newRig(t, &sim.Scene{Format: sim.SceneFormat, Seed: 1, Processes: []sim.Process{{PID: sweepPID,
+			Modules: []sim.Module{{File: "mingw/app.dll", Base: base}},
+			Regions: []sim.Region{{At: uint64(base + 0x10_0000), Size: 0x10000, Prot: "r--", Words: forge(t, base, rva, c.product, c.id, first)}}}}})
+		must(t, r.publish(repository.PublishOptions{}, &release.Manifest{ID: "R1", Product: "app", Sequence: 1}, image{"mingw/app-ref-1.dll"}))
+		must(t, r.start())
+		err := r.until(func() string {
+			row, err := r.row(sweepPID)
+			if err != nil || row == nil || row.State != c.state || row.ReasonCode != c.code {
+				return fmt.Sprintf("%+v %v", row, err)
+			}
+			return ""
+		})
+		if err != nil {
+			t.Errorf("%.20q of %q: %v", c.id, c.product, err)
+		}
+		doc, err := r.life.client.Processes(context.Background(), control.ProcessQuery{})
+		must(t, err)
+		if text := fmt.Sprintf("%+v", doc); strings.Contains(text, "\x1b") || strings.Contains(text, "RRRR") || strings.Contains(text, "../app") {
+			t.Errorf("it is repeated: %s", text)
+		}
+		if c.state != control.Patched && r.m.Count(sim.OpWrite) > 0 {
+			t.Error("something was written on the word of foreign memory")
+		}
+		must(t, r.judge())
+		must(t, r.stop())
+	}
+}
