@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -124,5 +125,42 @@ func TestForgedClaims(t *testing.T) {
 		}
 		must(t, r.judge())
 		must(t, r.stop())
+	}
+}
+
+// Many processes, some of which go away meanwhile: all that are left are
+// patched, and the next look at them costs one list and nothing for each.
+func TestManyProcesses(t *testing.T) {
+	const many = 300
+	scene := &sim.Scene{Format: sim.SceneFormat, Seed: 2}
+	for i := range many {
+		scene.Processes = append(scene.Processes, sim.Process{PID: 200 + i, Modules: []sim.Module{{File: "demo/demo.dll"}}})
+	}
+	r := newRig(t, scene)
+	r.cfg.Backend.ScanEvery = longScan
+	must(t, r.publish(repository.PublishOptions{}, &release.Manifest{ID: "D1", Product: "demo", Sequence: 1}, image{"demo/demo-1.dll"}))
+	// Every tenth goes when its threads are about to be stopped.
+	for i := 0; i < many; i += 10 {
+		r.m.FailAt(1, sim.Fault{Do: sim.Exit, Op: sim.OpFreeze, PID: 200 + i})
+	}
+	must(t, r.start())
+	defer func() { must(t, errors.Join(r.judge(), r.stop())) }()
+	ctx := context.Background()
+	must(t, r.until(func() string {
+		st, err := r.life.client.Status(ctx)
+		if err != nil || st.State != control.Hotpatched || st.Coverage.Patched != many*9/10 || st.Coverage.Images != many*9/10 {
+			return fmt.Sprintf("%+v %v", st, err)
+		}
+		return ""
+	}))
+	must(t, r.pass()) // sees what the patching itself has mapped
+	before, opened := r.m.Ops(), r.m.Count(sim.OpOpen)
+	must(t, r.pass())
+	if n := r.m.Ops() - before; n > 5 || r.m.Count(sim.OpOpen)-opened > 1 {
+		t.Errorf("%d operations for %d processes in which nothing has changed", n, many*9/10)
+	}
+	v, err := r.life.client.Verify(ctx)
+	if err != nil || !v.OK || v.Processes != many*9/10 {
+		t.Errorf("verify: %+v %v", v, err)
 	}
 }
