@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"hotpatchd/agent/control"
 	"hotpatchd/agent/release"
@@ -137,7 +138,7 @@ func TestManyProcesses(t *testing.T) {
 		scene.Processes = append(scene.Processes, sim.Process{PID: 200 + i, Modules: []sim.Module{{File: "demo/demo.dll"}}})
 	}
 	r := newRig(t, scene)
-	r.cfg.Backend.ScanEvery = longScan
+	r.cfg.Backend.ScanEvery = 2 * time.Second
 	must(t, r.publish(repository.PublishOptions{}, &release.Manifest{ID: "D1", Product: "demo", Sequence: 1}, image{"demo/demo-1.dll"}))
 	// Every tenth goes when its threads are about to be stopped.
 	for i := 0; i < many; i += 10 {

@@ -10,6 +10,7 @@ import (
 	"hotpatchd/agent/control"
 	"hotpatchd/agent/release"
 	"hotpatchd/agent/repository"
+	"hotpatchd/patcher"
 	"hotpatchd/patcher/target/sim"
 )
 
@@ -118,6 +119,11 @@ func (r *rig) agree(want string) error {
 		return fmt.Errorf("the process runs %s, and %d images have a record", runs, v.Images)
 	case runs == "old" && v.Images != 0:
 		return fmt.Errorf("the process runs the original, and %d images have a record", v.Images)
+	}
+	for _, rec := range r.life.agent.allRecords() {
+		if rec.State != patcher.Applied && rec.State != patcher.Staged {
+			return fmt.Errorf("a record is left %s", rec.State)
+		}
 	}
 	return r.unharmed()
 }
