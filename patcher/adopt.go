@@ -39,6 +39,9 @@ func (x *Patcher) Adopt(ctx context.Context, p target.Process, base Loaded, patc
 		if rec.Header, err = headerSum(p, base.Base); err != nil {
 			return Record{}, err
 		}
+		if err := sameHeader(p, rec); err != nil { // what is told apart by it later must be right
+			return Record{}, err
+		}
 		rec.Image, rec.Size, rec.Identity, rec.Sequence = patch.Image, base.Size, patch.Base, patch.Sequence
 		return x.outcome(&rec, nil, Applied, Applied)
 	}

@@ -74,7 +74,7 @@ type annex struct {
 	annexHeader
 	At    target.Addr
 	sum   string // SHA-256 of the header's JSON, hex
-	live  bool   // in force: every entry is as this annex left it
+	live  bool   // in force: every entry and pad is as this annex left it
 	ours  []bool // site by site: what stands at the entry is what this annex wrote
 	padIs []bool // likewise, for pads
 }
@@ -230,6 +230,7 @@ func (a *annex) look(p target.Process) error {
 			if a.padIs[i], err = is(s.Pad.At, s.Pad.New); err != nil {
 				return err
 			}
+			a.live = a.live && a.padIs[i] // another sequence's entry leads through the same pad
 		}
 	}
 	return nil

@@ -26,10 +26,18 @@ func (x *Patcher) Apply(ctx context.Context, p target.Process, plan *Plan) (Reco
 		return plan.Record, err
 	}
 	rec := &plan.Record
-	if !plan.Reused {
-		if err := x.stage(ctx, p, plan); err != nil {
-			return *rec, err
+	if plan.Reused {
+		// Whoever filled it may have died before the flush.
+		for _, part := range plan.parts {
+			if part.prot&target.Exec == 0 {
+				continue
+			}
+			if err := p.Flush(part.Start, int(part.End-part.Start)); err != nil {
+				return *rec, x.fail(rec, err)
+			}
 		}
+	} else if err := x.stage(ctx, p, plan); err != nil {
+		return *rec, err
 	}
 	return x.swapIn(ctx, p, rec)
 }
@@ -149,6 +157,13 @@ func (x *Patcher) attempt(ctx context.Context, p target.Process, c change, rec *
 		var held *thawError
 		if err == nil || errors.As(err, &held) && held.swapped {
 			rec.Pause = pause
+			return err
+		}
+		var torn *tornError
+		if errors.As(err, &torn) { // of an image that went away nothing is torn
+			if lost := missing(p, &unreadable{torn.at, rec.Image, err}); errors.Is(lost, errLost) {
+				return lost
+			}
 			return err
 		}
 		if held != nil || !errors.Is(err, target.ErrBusy) {

@@ -15,6 +15,7 @@ type forge struct {
 	text     []byte // at forgeText
 	flags    uint32 // of .text; 0: code
 	textSize uint32 // in memory; 0: as long as text
+	more     []byte // further code, at forgeMore; nil: no such section
 	rdata    []byte // at forgeRData
 	data     []byte // at forgeData
 	records  []record
@@ -35,12 +36,12 @@ type record struct{ begin, end, handler uint32 }
 const (
 	forgeBase  = 0x180000000
 	forgeText  = 0x1000
-	forgeRData = 0x220000 // room for more code than is looked at in one go
-	forgeDirs  = 0x228000
-	forgeSlots = 0x230000 // at the start of .data
-	forgeData  = 0x230800
-	forgeReloc = 0x238000
-	forgeSize  = 0x240000
+	forgeRData = 0x8000
+	forgeDirs  = 0xc000
+	forgeSlots = 0xe000 // at the start of .data
+	forgeData  = 0xe800
+	forgeReloc = 0x10000
+	forgeMore  = 0x12000
 )
 
 func lay(b []byte, off int, values ...any) []byte {
@@ -133,6 +134,11 @@ func (f *forge) bytes() []byte {
 	list := []section{{".text", forgeText, textSize, flags, f.text}, {".rdata", forgeRData, max(uint32(len(f.rdata)), 1), 0x40000040, f.rdata},
 		{".dirs", forgeDirs, max(uint32(len(d.b)), 1), 0x40000040, d.b}, {".data", forgeSlots, uint32(len(data)), 0xC0000040, data},
 		{".reloc", forgeReloc, max(uint32(len(reloc.b)), 1), 0x42000040, reloc.b}}
+	size := uint32(forgeMore)
+	if f.more != nil {
+		list = append(list, section{".more", forgeMore, uint32(len(f.more)), flags, f.more})
+		size = (forgeMore + uint32(len(f.more)) + 0xfff) &^ 0xfff
+	}
 	stamp := f.stamp
 	if stamp == 0 {
 		stamp = 0x5eed
@@ -142,7 +148,7 @@ func (f *forge) bytes() []byte {
 	b = lay(b, 0x40, []byte("PE\x00\x00"), uint16(machineAMD64), uint16(len(list)), stamp, uint32(0), uint32(0), uint16(240), uint16(0x2022))
 	b = lay(b, 0x58, uint16(0x20b))
 	b = lay(b, 0x58+24, uint64(forgeBase), uint32(0x1000), uint32(0x200))
-	b = lay(b, 0x58+56, uint32(forgeSize), uint32(0x400), uint32(0xc5), uint16(3), uint16(0x160))
+	b = lay(b, 0x58+56, size, uint32(0x400), uint32(0xc5), uint16(3), uint16(0x160))
 	b = lay(b, 0x58+108, uint32(16), dirs)
 	at := 0x400
 	b = lay(b, at-1, uint8(0))

@@ -26,39 +26,47 @@ func (x *Patcher) Recover(ctx context.Context, p target.Process, rec Record) (Re
 	}
 	m, err := standing(p, rec)
 	if err == nil {
-		err = sameHeader(p, rec)
+		err = missing(p, sameHeader(p, rec))
+	}
+	if err == nil {
+		err = flushAll(p, rec)
 	}
 	if err != nil {
 		return x.outcome(&rec, err, rec.State, rec.State)
 	}
-	undoing, pending := rec.State == Undoing, rec.State == Staged || rec.State == Swapping
+	undoing := rec.State == Undoing
+	// A swap that goes back was given up, and the older sequence is in force
+	// again; what was in force and is not any more was undone.
+	done := Undone
+	if rec.State == Staged || rec.State == Swapping || rec.Previous != nil && !undoing {
+		done = Gave
+	}
 	switch {
 	case m.new:
 		return x.outcome(&rec, nil, Applied, Applied)
-	case m.prev && (pending || rec.Previous != nil && !undoing):
-		return x.outcome(&rec, nil, Gave, Gave)
+	case m.prev && !undoing:
+		return x.outcome(&rec, nil, done, done)
 	case m.original:
 		return x.outcome(&rec, nil, Undone, Undone)
 	}
 	if err := CheckGuards(p.Info()); err != nil {
 		return rec, err
 	}
-	to, done := func(s Site) []byte { return s.Prev }, Gave
-	if undoing {
-		to, done = func(s Site) []byte { return s.Original }, Undone
-	}
-	err = x.attempt(ctx, p, m.change(&rec, to), &rec)
+	err = x.attempt(ctx, p, m.back(&rec, undoing), &rec)
 	return x.outcome(&rec, err, done, rec.State)
 }
 
-// sameHeader: the module must still be the one the record speaks of.
-func sameHeader(p target.Process, rec Record) error {
-	sum, err := headerSum(p, rec.Base)
-	if err != nil {
-		return missing(p, &unreadable{rec.Base, rec.Image, err})
-	}
-	if sum != rec.Header {
-		return fmt.Errorf("%w: another module stands at %s", errLost, rec.Base)
+// flushAll: our death may have come between a write and its flush.
+func flushAll(p target.Process, rec Record) error {
+	for _, s := range rec.Sites {
+		if s.Pad != nil {
+			if err := p.Flush(s.Pad.At, len(s.Pad.New)); err != nil {
+				return err
+			}
+		}
+		if err := p.Flush(s.At, len(s.New)); err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -354,9 +354,9 @@ func TestReachAcrossChunks(t *testing.T) {
 	for back := range uint32(8) {
 		for _, jump := range [][]byte{{0xe9}, {0x0f, 0x84}} {
 			s := newScene(plain)
-			s.text = append(s.text, bytes.Repeat([]byte{0xcc}, codeChunk)...)
-			at := forgeText + codeChunk - back
-			s.put(at, cat(jump, rel32(at+uint32(len(jump))+4, s.at+2)))
+			s.more = bytes.Repeat([]byte{0xcc}, codeChunk+0x100)
+			at := uint32(forgeMore + codeChunk - back)
+			copy(s.more[codeChunk-back:], cat(jump, rel32(at+uint32(len(jump))+4, s.at+2)))
 			if _, err := s.shape(t); codeOf(err) != "jump-into-entry" {
 				t.Errorf("%d bytes before the end: %v", back, err)
 			}

@@ -225,12 +225,8 @@ func restore(p target.Process, w write) (err error) {
 // sameModule compares the base's headers and the annex's nonce under the
 // freeze: the module may have been unloaded, and another put there.
 func sameModule(p target.Process, r *Record) error {
-	sum, err := headerSum(p, r.Base)
-	if err != nil {
-		return &unreadable{r.Base, r.Image, err}
-	}
-	if sum != r.Header {
-		return fmt.Errorf("%w: another module stands at %s", errLost, r.Base)
+	if err := sameHeader(p, *r); err != nil {
+		return err
 	}
 	fixed, err := read(p, r.Annex, annexFixed)
 	if err != nil {
@@ -238,9 +234,33 @@ func sameModule(p target.Process, r *Record) error {
 	}
 	// The sum covers the header, nonce included.
 	if string(fixed[:8]) != annexMagic || hex.EncodeToString(fixed[16:]) != r.AnnexSum {
-		return fmt.Errorf("%w: the annex at %s is gone", errLost, r.Annex)
+		return goneAt(p, r.Annex, fixed, "the annex at %s is gone", r.Annex)
 	}
 	return nil
+}
+
+// sameHeader: the module must still be the one the record speaks of.
+func sameHeader(p target.Process, r Record) error {
+	b, err := read(p, r.Base, headerProbe)
+	if err != nil {
+		return &unreadable{r.Base, r.Image, err}
+	}
+	if sum := sha256.Sum256(b); hexOf(sum) != r.Header {
+		return goneAt(p, r.Base, b, "another module stands at %s", r.Base)
+	}
+	return nil
+}
+
+// goneAt looks twice before it says so: what is lost is forgotten.
+func goneAt(p target.Process, at target.Addr, seen []byte, format string, a ...any) error {
+	again, err := read(p, at, len(seen))
+	if err == nil && !bytes.Equal(again, seen) {
+		err = errors.New("it reads differently each time")
+	}
+	if err != nil {
+		return &unreadable{at, "what identifies it", err}
+	}
+	return fmt.Errorf("%w: %s", errLost, fmt.Sprintf(format, a...))
 }
 
 // errLost: what the record speaks of is not there any more. Touch nothing.
