@@ -82,7 +82,10 @@ type annex struct {
 // findAnnexes lists the annexes that belong to the image at base. What they
 // say is only a claim until it is checked against a verified release.
 func findAnnexes(p target.Process, regions []target.Region, base Loaded) ([]annex, error) {
-	found := annexesIn(p, regions, func(at target.Addr) bool { return near(at, base) })
+	found, err := annexesIn(p, regions, func(at target.Addr) bool { return near(at, base) })
+	if err != nil {
+		return nil, err
+	}
 	found = slices.DeleteFunc(found, func(a annex) bool { return a.Base != base.Base || a.Identity.SizeOfImage != base.Size })
 	for i := range found {
 		if err := found[i].look(p); err != nil {
@@ -102,7 +105,7 @@ const (
 	maxHeaders = 64 << 20
 )
 
-func annexesIn(p target.Process, regions []target.Region, where func(target.Addr) bool) []annex {
+func annexesIn(p target.Process, regions []target.Region, where func(target.Addr) bool) ([]annex, error) {
 	var found []annex
 	probes, budget := 0, uint64(maxHeaders)
 	for _, r := range regions {
@@ -116,38 +119,44 @@ func annexesIn(p target.Process, regions []target.Region, where func(target.Addr
 				continue
 			}
 			if probes++; probes > maxProbes || len(found) == maxAnnexes {
-				return found
+				return found, nil
 			}
-			if a, ok := annexAt(p, at, uint64(r.End-at), &budget); ok {
+			a, err := annexAt(p, at, uint64(r.End-at), &budget)
+			switch {
+			case err == nil:
 				found = append(found, a)
+			case errors.Is(err, target.ErrGone), errors.Is(err, target.ErrDenied):
+				return nil, err
 			}
 		}
 	}
-	return found
+	return found, nil
 }
 
-func annexAt(p target.Process, at target.Addr, room uint64, budget *uint64) (annex, bool) {
+var errNoAnnex = errors.New("no annex here")
+
+func annexAt(p target.Process, at target.Addr, room uint64, budget *uint64) (annex, error) {
 	var fixed [annexFixed]byte
-	if _, err := p.ReadAt(fixed[:], at); err != nil || string(fixed[:8]) != annexMagic {
-		return annex{}, false
+	if _, err := p.ReadAt(fixed[:], at); err != nil {
+		return annex{}, err
 	}
 	n := uint64(binary.LittleEndian.Uint32(fixed[8:]))
-	if n > maxAnnexHeader || n+annexFixed > room || n > *budget {
-		return annex{}, false
+	if string(fixed[:8]) != annexMagic || n > maxAnnexHeader || n+annexFixed > room || n > *budget {
+		return annex{}, errNoAnnex
 	}
 	*budget -= n
-	body := make([]byte, n)
-	if _, err := p.ReadAt(body, at+annexFixed); err != nil {
-		return annex{}, false
+	body, err := read(p, at+annexFixed, int(n))
+	if err != nil {
+		return annex{}, err
 	}
 	if sum := sha256.Sum256(body); !bytes.Equal(sum[:], fixed[16:48]) {
-		return annex{}, false
+		return annex{}, errNoAnnex
 	}
 	a := annex{At: at, sum: hex.EncodeToString(fixed[16:])}
 	if json.Unmarshal(body, &a.annexHeader) != nil || !a.sane() {
-		return annex{}, false
+		return annex{}, errNoAnnex
 	}
-	return a, true
+	return a, nil
 }
 
 // sane checks what later code relies on: lengths, places inside the image and
@@ -317,7 +326,11 @@ func Claims(p target.Process) ([]Claim, error) {
 		return nil, err
 	}
 	var claims []Claim
-	for _, a := range annexesIn(p, regions, func(target.Addr) bool { return true }) {
+	found, err := annexesIn(p, regions, func(target.Addr) bool { return true })
+	if err != nil {
+		return nil, err
+	}
+	for _, a := range found {
 		if err := a.look(p); err != nil {
 			return nil, err
 		}

@@ -3,6 +3,8 @@ package patcher
 import (
 	"encoding/binary"
 	"fmt"
+	"path"
+	"strconv"
 	"strings"
 
 	"hotpatchd/patcher/target"
@@ -22,6 +24,8 @@ type binder struct {
 	p       target.Process
 	base    Loaded
 	modules []Loaded
+	regions []target.Region
+	exports map[target.Addr][]pe.Export // by module, as far as read
 }
 
 // bind resolves the inverse records and the ordinary imports of a hotpatch
@@ -35,12 +39,16 @@ func (b *binder) bind(patch *Patch) ([]Bind, error) {
 			binds = append(binds, Bind{r.Place, uint64(b.base.Base) + uint64(r.Target), fmt.Sprintf("%s+%x", b.base.Name, r.Target), "pointer"})
 			bound[r.Place] = true
 		case pe.HotPatchIndirect:
+			if uint64(r.Target)+8 > uint64(b.base.Size) {
+				return nil, blocked("record", Author, "slot %x lies outside %s", r.Target, b.base.Name)
+			}
 			v, err := read(b.p, b.base.Base+target.Addr(r.Target), 8)
 			if err != nil {
 				return nil, fmt.Errorf("cannot read slot %x of %s: %w", r.Target, b.base.Name, err)
 			}
 			value := binary.LittleEndian.Uint64(v)
-			if value == 0 {
+			// Before it is bound a slot holds nothing, or where its name lies in the file.
+			if _, ok := regionAt(b.regions, target.Addr(value)); !ok || value < uint64(b.base.Size) {
 				return nil, blocked("import", Wait, "slot %x of %s is not bound yet", r.Target, b.base.Name)
 			}
 			binds = append(binds, Bind{r.Place, value, fmt.Sprintf("contents of %s+%x", b.base.Name, r.Target), "shared"})
@@ -86,15 +94,12 @@ const maxForwards = 8
 // the base: one of its static import closure, or one that no process unloads.
 func (b *binder) resolve(i pe.Import) (uint64, error) {
 	name := importName(i)
-	if lower := strings.ToLower(i.DLL); strings.HasPrefix(lower, "api-") || strings.HasPrefix(lower, "ext-") {
+	if apiSet(i.DLL) {
 		return 0, blocked("import", Author, "%s: API sets need the target's own map, which this backend does not give", name)
 	}
-	m, ok := b.module(i.DLL)
-	if !ok {
-		return 0, blocked("import", Author, "%s: the process has not loaded %s", name, i.DLL)
-	}
-	if !permanent(m.Name) && !b.inClosure(m) {
-		return 0, blocked("import", Author, "%s: %s could be unloaded before %s", name, i.DLL, b.base.Name)
+	m, err := b.module(i.DLL, name)
+	if err != nil {
+		return 0, err
 	}
 	return b.export(m, i.Name, uint32(i.Ordinal), name, 0)
 }
@@ -108,13 +113,28 @@ func permanent(name string) bool {
 	return false
 }
 
-func (b *binder) module(dll string) (Loaded, bool) {
+// module finds a module that stays as long as the base does; what is for people.
+func (b *binder) module(dll, what string) (Loaded, error) {
+	list := b.named(dll)
+	switch {
+	case len(list) == 0:
+		return Loaded{}, blocked("import", Author, "%s: the process has not loaded %s", what, dll)
+	case len(list) > 1:
+		return Loaded{}, blocked("import", Author, "%s: the process has loaded more than one %s", what, dll)
+	case !permanent(list[0].Name) && list[0].Base != b.base.Base && !b.inClosure(list[0]):
+		return Loaded{}, blocked("import", Author, "%s: %s could be unloaded before %s", what, dll, b.base.Name)
+	}
+	return list[0], nil
+}
+
+func (b *binder) named(dll string) []Loaded {
+	var list []Loaded
 	for _, m := range b.modules {
 		if m.Is(dll) {
-			return m, true
+			list = append(list, m)
 		}
 	}
-	return Loaded{}, false
+	return list
 }
 
 // inClosure tells whether the base imports m statically, at any depth.
@@ -128,16 +148,21 @@ func (b *binder) inClosure(m Loaded) bool {
 		if err != nil {
 			continue // not part of what can be shown; refusal follows
 		}
+		last := ""
 		for _, i := range imports {
-			d, ok := b.module(i.DLL)
-			if !ok || i.Delay || seen[d.Base] {
+			if i.Delay || i.DLL == last {
 				continue
 			}
-			if d.Base == m.Base {
+			last = i.DLL
+			list := b.named(i.DLL)
+			if len(list) != 1 || seen[list[0].Base] {
+				continue // of two by one name it cannot be told which stays
+			}
+			if list[0].Base == m.Base {
 				return true
 			}
-			seen[d.Base] = true
-			queue = append(queue, d)
+			seen[list[0].Base] = true
+			queue = append(queue, list[0])
 		}
 	}
 	return false
@@ -147,9 +172,13 @@ func (b *binder) export(m Loaded, name string, ordinal uint32, what string, dept
 	if depth > maxForwards {
 		return 0, blocked("import", Author, "%s: forwarded more than %d times", what, maxForwards)
 	}
-	exports, err := m.Image.Exports()
-	if err != nil {
-		return 0, fmt.Errorf("cannot read exports of %s: %w", m.Name, err)
+	exports, ok := b.exports[m.Base]
+	if !ok {
+		var err error
+		if exports, err = m.Image.Exports(); err != nil {
+			return 0, fmt.Errorf("cannot read exports of %s: %w", m.Name, err)
+		}
+		b.exports[m.Base] = exports
 	}
 	for _, e := range exports {
 		if (name != "" && e.Name != name) || (name == "" && e.Ordinal != ordinal) {
@@ -158,19 +187,41 @@ func (b *binder) export(m Loaded, name string, ordinal uint32, what string, dept
 		if e.Forward == "" {
 			return uint64(m.Base) + uint64(e.RVA), nil
 		}
-		dll, symbol, ok := strings.Cut(e.Forward, ".")
+		dll, symbol, n, ok := forwarded(e.Forward)
 		if !ok {
 			return 0, blocked("import", Author, "%s: forwarder %q makes no sense", what, e.Forward)
 		}
-		next, ok := b.module(dll + ".dll")
-		if !ok {
-			return 0, blocked("import", Author, "%s: forwarded to %s, which is not loaded", what, dll)
+		if apiSet(dll) {
+			return 0, blocked("import", Author, "%s: forwarded to %s; API sets need the target's own map, which this backend does not give", what, dll)
 		}
-		var n uint32
-		if _, err := fmt.Sscanf(symbol, "#%d", &n); err == nil {
-			symbol = ""
+		next, err := b.module(dll, what)
+		if err != nil {
+			return 0, err
 		}
 		return b.export(next, symbol, n, what, depth+1)
 	}
 	return 0, blocked("import", Author, "%s: %s exports no such symbol", what, m.Name)
+}
+
+// forwarded parts a forwarder, "DLL.Name" or "DLL.#7"; the DLL's name may hold
+// dots of its own, and stands without its extension.
+func forwarded(s string) (dll, symbol string, ordinal uint32, ok bool) {
+	i := strings.LastIndexByte(s, '.')
+	if i <= 0 || i == len(s)-1 {
+		return "", "", 0, false
+	}
+	dll, symbol = s[:i], s[i+1:]
+	if !strings.EqualFold(path.Ext(dll), ".dll") {
+		dll += ".dll"
+	}
+	if number, is := strings.CutPrefix(symbol, "#"); is {
+		n, err := strconv.ParseUint(number, 10, 16)
+		return dll, "", uint32(n), err == nil
+	}
+	return dll, symbol, 0, true
+}
+
+func apiSet(dll string) bool {
+	lower := strings.ToLower(dll)
+	return strings.HasPrefix(lower, "api-") || strings.HasPrefix(lower, "ext-")
 }

@@ -30,7 +30,7 @@ func gaps(regions []target.Region, base Loaded, size uint64) []target.Addr {
 	}
 	var places []place
 	add := func(low, high target.Addr) { // free: [low, high)
-		low = alignUp(low, annexAlign)
+		low, high = alignUp(low, annexAlign), min(high, highestAddr)
 		need := target.Addr(pages(size))
 		if high < low || high-low < need {
 			return

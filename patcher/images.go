@@ -59,12 +59,11 @@ func Images(p target.Process) ([]Loaded, error) {
 
 func imagesIn(p target.Process, regions []target.Region) ([]Loaded, error) {
 	var found []Loaded
-	var end target.Addr
 	for _, r := range regions {
-		if !mayStartImage(r) || r.Start < end {
-			continue // further regions of an image already found
+		if !mayStartImage(r) || len(found) > 0 && within(r, found[len(found)-1]) {
+			continue
 		}
-		l, err := imageAt(p, r)
+		l, err := imageAt(p, r, regions)
 		if err != nil {
 			if errors.Is(err, target.ErrGone) || errors.Is(err, target.ErrDenied) {
 				return nil, err
@@ -72,12 +71,17 @@ func imagesIn(p target.Process, regions []target.Region) ([]Loaded, error) {
 			continue
 		}
 		found = append(found, l)
-		end = l.End()
 		if len(found) == maxImages {
 			return nil, fmt.Errorf("cannot list images of process %d: more than %d", p.Info().PID, maxImages)
 		}
 	}
 	return found, nil
+}
+
+// within tells further regions of an image already found from another file
+// that lies where the image, which may lie, claims to be.
+func within(r target.Region, l Loaded) bool {
+	return r.Start < l.End() && !(r.Kind == target.File && r.Offset == 0 && r.Path != l.Path)
 }
 
 // mayStartImage: headers are mapped from the start of a file, or anonymous.
@@ -90,7 +94,7 @@ func mayStartImage(r target.Region) bool {
 
 var errNoImage = errors.New("no image here")
 
-func imageAt(p target.Process, r target.Region) (Loaded, error) {
+func imageAt(p target.Process, r target.Region, regions []target.Region) (Loaded, error) {
 	var mz [2]byte
 	if _, err := p.ReadAt(mz[:], r.Start); err != nil {
 		return Loaded{}, err
@@ -102,8 +106,8 @@ func imageAt(p target.Process, r target.Region) (Loaded, error) {
 	if err != nil {
 		return Loaded{}, err
 	}
-	if !hasCode(im) {
-		return Loaded{}, errNoImage // resource-only images; Wine's apisetschema.dll
+	if !hasCode(im, r.Start, regions) {
+		return Loaded{}, errNoImage
 	}
 	l := Loaded{Base: r.Start, Size: im.SizeOfImage, Path: r.Path, Image: im}
 	if name, err := im.ExportName(); err == nil && name != "" {
@@ -114,9 +118,15 @@ func imageAt(p target.Process, r target.Region) (Loaded, error) {
 	return l, nil
 }
 
-func hasCode(im *pe.Image) bool {
+// hasCode tells an image that can run from one without code (resources, Wine's
+// apisetschema.dll) and from a file that is mapped to be read: there nothing
+// executable lies where its sections of code should.
+func hasCode(im *pe.Image, base target.Addr, regions []target.Region) bool {
 	for _, s := range im.Sections {
-		if s.Exec() {
+		if !s.Exec() {
+			continue
+		}
+		if r, ok := regionAt(regions, base+target.Addr(s.RVA)); ok && r.Prot&target.Exec != 0 {
 			return true
 		}
 	}

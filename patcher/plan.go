@@ -8,6 +8,7 @@ import (
 	"fmt"
 
 	"hotpatchd/patcher/target"
+	"hotpatchd/pe"
 )
 
 // Plan is everything that will be written to one process, known before the
@@ -103,7 +104,7 @@ func Prepare(p target.Process, base Loaded, patch *Patch) (*Plan, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := binder{p: p, base: base, modules: modules}
+	b := binder{p: p, base: base, modules: modules, regions: regions, exports: map[target.Addr][]pe.Export{}}
 	if x.Binds, err = b.bind(patch); err != nil {
 		return nil, err
 	}
