@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -215,6 +216,60 @@ func (d *device) asNobody(method, path, body string) (int, []byte) {
 		d.t.Fatal(err)
 	}
 	return res.StatusCode, b
+}
+
+// Events tell an ordinary user of the device and of his own processes only.
+func TestOrdinaryUserWatches(t *testing.T) {
+	otherUsers(t)
+	d := newDevice(t, appFix)
+	roots := app(t, hosttest.Options{Spin: 1})
+	own := d.theirs(nobody)
+	d.start()
+	d.becomes(roots.PID, control.Patched)
+	d.becomes(own.PID, control.Patched)
+	heard := func(who *syscall.Credential) (pids map[int]bool, types map[string]bool) {
+		t.Helper()
+		pids, types = map[int]bool{}, map[string]bool{}
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		defer cancel()
+		c, err := dialAs(who, d.set.socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		stop := context.AfterFunc(ctx, func() { c.Close() })
+		defer stop()
+		if _, err := io.WriteString(c, "GET /v1/events HTTP/1.1\r\nHost: hotpatchd\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		res, err := http.ReadResponse(bufio.NewReader(c), nil)
+		if err != nil || res.StatusCode != 200 {
+			t.Fatalf("%+v, %v", res, err)
+		}
+		d.hotpatch(0, "rollback", "ACME-1")
+		d.hotpatch(0, "install", "ACME-1")
+		for lines := bufio.NewScanner(res.Body); lines.Scan(); {
+			var e control.Event
+			document(t, "events", lines.Bytes(), &e)
+			if strings.Contains(lines.Text(), strconv.FormatUint(roots.Base, 16)) || strings.Contains(lines.Text(), strconv.FormatUint(own.Base, 16)) {
+				t.Errorf("an address: %s", lines.Text())
+			}
+			types[e.Type] = true
+			if e.PID != 0 {
+				pids[e.PID] = true
+			}
+			if e.Type == control.EventState && e.State == string(control.Hotpatched) {
+				break
+			}
+		}
+		return pids, types
+	}
+	if pids, types := heard(nobody); pids[roots.PID] || !types[control.EventState] || !types[control.EventRelease] {
+		t.Errorf("an ordinary user hears of %v, %v", pids, types)
+	}
+	if pids, _ := heard(&syscall.Credential{}); !pids[roots.PID] || !pids[own.PID] {
+		t.Errorf("root hears of %v only", pids)
+	}
 }
 
 // A member of the configured group commands the daemon; whoever is in another group does not.
