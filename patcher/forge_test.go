@@ -27,7 +27,8 @@ type forge struct {
 	noLoad   bool
 	stamp    uint32
 	rsds     bool
-	name     string // of the export directory
+	name     string               // of the export directory
+	dirs     map[int]pe.Directory // set by hand
 }
 
 // record is one unwind record.
@@ -118,6 +119,9 @@ func (f *forge) bytes() []byte {
 	}
 	if len(reloc.b) > 0 {
 		dirs[5] = pe.Directory{RVA: forgeReloc, Size: uint32(len(reloc.b))}
+	}
+	for i, d := range f.dirs {
+		dirs[i] = d
 	}
 	flags := f.flags
 	if flags == 0 {
