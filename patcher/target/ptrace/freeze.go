@@ -39,6 +39,7 @@ type frozen struct {
 	regions []target.Region
 	sigret  []target.Addr
 	list    []target.Thread // of Threads, made once
+	reaper  reaper
 
 	tracer int // tid of the tracing thread
 	caller int // tid of the one that froze, and will thaw most likely
@@ -184,6 +185,8 @@ func (z *frozen) ended(err error) error {
 func (z *frozen) stop(ctx context.Context) error {
 	p := z.p
 	z.began = time.Now()
+	z.reaper.start()
+	defer z.reaper.stop()
 	for pass := 0; pass < target.FreezePasses; pass++ {
 		deadline := z.began.Add(target.FreezeLimit(len(p.tids)))
 		if d, ok := ctx.Deadline(); ok && d.Before(deadline) {
@@ -219,7 +222,13 @@ func (z *frozen) seize(tid int) error {
 	if _, known := z.index[tid]; known {
 		return nil
 	}
+	z.reaper.begins()
 	attached, err := z.p.attachTo("freeze", tid, 0)
+	if attached && tid != z.p.life.id.PID {
+		z.reaper.ended(tid)
+	} else {
+		z.reaper.ended(0)
+	}
 	if err != nil {
 		return err
 	}

@@ -25,8 +25,13 @@ func request(req, tid int, addr, data uintptr) unix.Errno {
 	return e
 }
 
+// seize waits while the program of the thread is in the middle of an exec, and
+// is the only request that may wait long: the Go scheduler is told of it, or
+// nothing of ours would go on meanwhile. Whoever holds other threads of the
+// program needs a reaper.
 func seize(tid int, options uintptr) unix.Errno {
-	return request(unix.PTRACE_SEIZE, tid, 0, options)
+	_, _, e := unix.Syscall6(unix.SYS_PTRACE, unix.PTRACE_SEIZE, uintptr(tid), 0, options, 0, 0)
+	return e
 }
 
 func interrupt(tid int) unix.Errno { return request(unix.PTRACE_INTERRUPT, tid, 0, 0) }
