@@ -221,8 +221,17 @@ func TestReleaseDamaged(t *testing.T) {
 	m.well()
 	d.hotpatch(0, "check")
 	refused("ACME-3", "surprise")
-
 	d.hotpatch(0, "hold", "ACME-3")
+
+	other := fix{"ACME-4", "acme", 4, nextFix.images}
+	m.serves("ACME-4", http.NotFound)
+	d.publish(other)
+	d.exchange("ACME-4", retold(t, makeRelease(t, other), `"product": "acme"`, `"product": "acmf"`))
+	m.well()
+	d.hotpatch(0, "check")
+	refused("ACME-4", "differ in id, product")
+
+	d.hotpatch(0, "hold", "ACME-4")
 	d.hotpatch(0, "install", "ACME-2") // mended
 	o.answer(d, control.Patched, 44)
 	d.hotpatch(0, "rollback")
