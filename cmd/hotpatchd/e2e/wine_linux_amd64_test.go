@@ -1,0 +1,137 @@
+package e2e
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"hotpatchd/agent/control"
+	"hotpatchd/patcher/target/ptrace/hosttest"
+)
+
+// winapp is a running Windows program under Wine (testdata/winapp): a process
+// with a real PE loader, whose threads call the function all the time.
+type winapp struct {
+	t     testing.TB
+	pid   int // Linux's
+	stdin io.Writer
+	lines chan string
+}
+
+// startWinapp runs it in the prefix that scripts/wine gives.
+func startWinapp(t testing.TB, dll string, spin, sleep, block int) *winapp {
+	t.Helper()
+	wine := os.Getenv("HOTPATCH_WINE")
+	if wine == "" {
+		need(t, "Wine (scripts/wine shell go test ...)")
+	}
+	if _, err := exec.LookPath("x86_64-w64-mingw32-gcc"); err != nil {
+		need(t, "a compiler for Windows (apt-get install gcc-mingw-w64-x86-64)")
+	}
+	exe := filepath.Join(t.TempDir(), "winapp.exe")
+	source := filepath.Join(hosttest.Root(t), "testdata", "winapp", "winapp.c")
+	if out, err := exec.Command("x86_64-w64-mingw32-gcc", "-O2", "-o", exe, source).CombinedOutput(); err != nil {
+		t.Fatalf("cannot build %s: %v\n%s", source, err, out)
+	}
+	c := exec.Command(wine, exe, hosttest.Fixture(t, dll), "vuln", strconv.Itoa(spin), strconv.Itoa(sleep), strconv.Itoa(block), "42", "43", "44")
+	stdin, err := c.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := c.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	w := &winapp{t: t, pid: c.Process.Pid, stdin: stdin, lines: make(chan string, 16)}
+	over := make(chan struct{})
+	go func() {
+		defer close(over)
+		defer close(w.lines)
+		for s := bufio.NewScanner(out); s.Scan(); {
+			w.lines <- s.Text()
+		}
+	}()
+	t.Cleanup(func() { c.Process.Kill(); <-over; c.Wait() })
+	if line := w.line(); !strings.HasPrefix(line, "ready ") {
+		t.Fatalf("the program says %q", line)
+	}
+	return w
+}
+
+func (w *winapp) line() string {
+	w.t.Helper()
+	select {
+	case s, ok := <-w.lines:
+		if !ok {
+			w.t.Fatal("the program ended")
+		}
+		return strings.TrimSpace(s)
+	case <-time.After(patience):
+		w.t.Fatal("the program does not answer")
+	}
+	return ""
+}
+
+// winState is what the program says of itself.
+type winState struct{ value, calls, wrong, faults, sleeps, waits int64 }
+
+func (w *winapp) state() (s winState) {
+	w.t.Helper()
+	fmt.Fprintln(w.stdin, "state")
+	line := w.line()
+	if _, err := fmt.Sscanf(line, "%d calls %d wrong %d faults %d sleeps %d waits %d", &s.value, &s.calls, &s.wrong, &s.faults, &s.sleeps, &s.waits); err != nil {
+		w.t.Fatalf("the program says %q", line)
+	}
+	return s
+}
+
+// runs waits until every kind of its threads has done more work.
+func (w *winapp) runs(d *device) {
+	w.t.Helper()
+	from := w.state()
+	d.until("the Windows program runs on", func() bool {
+		s := w.state()
+		return s.calls > from.calls && s.sleeps > from.sleeps && s.waits > from.waits
+	})
+	if s := w.state(); s.wrong != 0 || s.faults != 0 {
+		w.t.Errorf("the program counted %d wrong values, %d calls ended wrongly", s.wrong, s.faults)
+	}
+}
+
+// A Windows program under Wine is patched from outside by the Linux daemon:
+// real PE loader, many modules, imports bound by Wine.
+func TestWineProcess(t *testing.T) {
+	d := newDevice(t, appFix)
+	w := startWinapp(t, "mingw/app.dll", 2, 5, 5)
+	d.start()
+	im := d.becomes(w.pid, control.Patched)
+	t.Logf("patched in %d µs", im.PauseUS)
+	if s := w.state(); s.value != 43 {
+		t.Errorf("answers %d", s.value)
+	}
+	w.runs(d)
+	late := startWinapp(t, "clang/app.dll", 1, 1, 1)
+	d.becomes(late.pid, control.Patched)
+	late.runs(d)
+	if _, err := d.client.Rollback(context.Background(), control.RollbackRequest{}, nil); err != nil {
+		t.Fatal(err)
+	}
+	for _, w := range []*winapp{w, late} {
+		d.becomes(w.pid, control.Unpatched)
+		if s := w.state(); s.value != 42 {
+			t.Errorf("answers %d after rollback", s.value)
+		}
+		w.runs(d)
+	}
+}
