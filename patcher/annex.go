@@ -17,7 +17,9 @@ import (
 // The annex is memory of ours near an image: header, hotpatch image, jump slots.
 //
 //	offset 0   header pages, r--: 8 bytes magic and version, 4 bytes length of
-//	           the JSON, 4 bytes zero, 32 bytes SHA-256 of the JSON, the JSON
+//	           the JSON, 1 byte that is 1 once the unwind table of the hotpatch
+//	           image is registered in the process, 3 bytes zero, 32 bytes
+//	           SHA-256 of the JSON, the JSON
 //	then       the hotpatch image, placed, a segment's protection each
 //	last       jump slots, r-x: 8 bytes each, a five-byte jump and filler
 //
@@ -25,6 +27,7 @@ import (
 // store or a second installation finds its way.
 const (
 	annexMagic     = "HPANNEX\x01"
+	annexUnwind    = 12
 	annexFixed     = 48
 	maxAnnexHeader = 4 << 20 // 4095 functions at under 1 KiB each
 	slotSize       = 8

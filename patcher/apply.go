@@ -39,6 +39,9 @@ func (x *Patcher) Apply(ctx context.Context, p target.Process, plan *Plan) (Reco
 	} else if err := x.stage(ctx, p, plan); err != nil {
 		return *rec, err
 	}
+	if err := plan.register(p); err != nil {
+		return x.outcome(rec, asUnregistered(rec.Image, err), Staged, Staged)
+	}
 	return x.swapIn(ctx, p, rec)
 }
 

@@ -22,6 +22,7 @@ type Plan struct {
 	base   Loaded
 	image  []byte // contents of the annex, from its first byte; nil if reused
 	parts  []part
+	unwind *unwindTable  // to be registered before the swap
 	others []target.Addr // further places for the annex, should this one be taken meanwhile
 }
 
@@ -106,6 +107,9 @@ func Prepare(p target.Process, base Loaded, patch *Patch) (*Plan, error) {
 	}
 	b := binder{p: p, base: base, modules: modules, regions: regions, exports: map[target.Addr][]pe.Export{}}
 	if x.Binds, err = b.bind(patch); err != nil {
+		return nil, err
+	}
+	if x.unwind, err = b.unwindTable(patch); err != nil {
 		return nil, err
 	}
 	if ok, err := x.reuse(p, regions, found); err != nil || ok {

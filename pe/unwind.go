@@ -159,3 +159,29 @@ func (u *unwindReader) arm64(b []byte, at uint32) (UnwindSpan, error) {
 	}
 	return s, nil
 }
+
+// UnwindTable is where the records of .pdata lie in the image and how many there
+// are, as a call of RtlAddFunctionTable wants it. What the linker left empty
+// behind the last one is not counted. Zero records: the image has none.
+func (im *Image) UnwindTable() (rva uint32, count int, err error) {
+	spans, err := im.UnwindSpans() // a table that cannot be read is not for an unwinder
+	if err != nil || len(spans) == 0 {
+		return 0, 0, err
+	}
+	d := im.Directories[dirException]
+	size := uint32(12)
+	if im.Machine == MachineARM64 {
+		size = 8
+	}
+	w := im.window(unwindWhere)
+	for n := d.Size / size; n > 0; n-- {
+		b, err := w.bytes(d.RVA+(n-1)*size, 8)
+		if err != nil {
+			return 0, 0, err
+		}
+		if le.Uint32(b) != 0 || le.Uint32(b[4:]) != 0 {
+			return d.RVA, int(n), nil
+		}
+	}
+	return 0, 0, nil
+}

@@ -78,6 +78,10 @@ func Image(o Options) (*Result, error) {
 	if err := checkData(base, fix, to.dead); err != nil {
 		return nil, err
 	}
+	surprised, err := checkCallers(base, fix, functions, to.dead)
+	if err != nil {
+		return nil, err
+	}
 	spec := pe.HotPatchSpec{
 		Sequence:          o.Sequence,
 		BaseTimeDateStamp: base.TimeDateStamp,
@@ -101,7 +105,7 @@ func Image(o Options) (*Result, error) {
 		return nil, damaged(base.role, err)
 	}
 	return &Result{DLL: dll, Base: identity, Functions: functions, Inverse: to.inverse,
-		Unwind: unwindWord(base, fix, functions), Warnings: warnings(base, fix, functions, to)}, nil
+		Unwind: unwindWord(base, fix, functions), Warnings: append(warnings(base, fix, functions, to), surprised...)}, nil
 }
 
 // readBack compares the table of the finished image with what it should say.

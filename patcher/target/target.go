@@ -237,10 +237,13 @@ type Sparse interface {
 	Touched(s Span) ([]Span, error)
 }
 
-// Unwinder is optional on a Process: registers and removes unwind tables in the target.
+// Unwinder is optional on a Process: makes the table of count RUNTIME_FUNCTIONs
+// at table known to the unwinder of the target, by a call of the target's own
+// RtlAddFunctionTable, which is at add; base is what the records count from. The
+// call is made by a thread of its own, so that our death changes nothing, and
+// has a deadline: ErrBusy then, and it may still be made later.
 type Unwinder interface {
-	Register(table Addr, count int, base Addr) error
-	Unregister(table Addr) error
+	Register(add, table Addr, count int, base Addr) error
 }
 
 // FreezeLimit is the longest a freeze of n threads may take before it is given
