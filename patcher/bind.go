@@ -26,6 +26,7 @@ type binder struct {
 	modules []Loaded
 	regions []target.Region
 	exports map[target.Addr][]pe.Export // by module, as far as read
+	sets    *apiSetMap                  // read when first needed
 }
 
 // bind resolves the inverse records and the ordinary imports of a hotpatch
@@ -94,10 +95,11 @@ const maxForwards = 8
 // the base: one of its static import closure, or one that no process unloads.
 func (b *binder) resolve(i pe.Import) (uint64, error) {
 	name := importName(i)
-	if apiSet(i.DLL) {
-		return 0, blocked("import", Author, "%s: API sets need the target's own map, which this backend does not give", name)
+	dll, err := b.host(i.DLL, b.base.Name, name)
+	if err != nil {
+		return 0, err
 	}
-	m, err := b.module(i.DLL, name)
+	m, err := b.module(dll, name)
 	if err != nil {
 		return 0, err
 	}
@@ -154,7 +156,11 @@ func (b *binder) inClosure(m Loaded) bool {
 				continue
 			}
 			last = i.DLL
-			list := b.named(i.DLL)
+			dll, err := b.host(i.DLL, l.Name, i.DLL)
+			if err != nil {
+				continue // it cannot be told what stays
+			}
+			list := b.named(dll)
 			if len(list) != 1 || seen[list[0].Base] {
 				continue // of two by one name it cannot be told which stays
 			}
@@ -191,8 +197,9 @@ func (b *binder) export(m Loaded, name string, ordinal uint32, what string, dept
 		if !ok {
 			return 0, blocked("import", Author, "%s: forwarder %q makes no sense", what, e.Forward)
 		}
-		if apiSet(dll) {
-			return 0, blocked("import", Author, "%s: forwarded to %s; API sets need the target's own map, which this backend does not give", what, dll)
+		dll, err := b.host(dll, m.Name, what)
+		if err != nil {
+			return 0, err
 		}
 		next, err := b.module(dll, what)
 		if err != nil {
@@ -219,6 +226,28 @@ func forwarded(s string) (dll, symbol string, ordinal uint32, ok bool) {
 		return dll, "", uint32(n), err == nil
 	}
 	return dll, symbol, 0, true
+}
+
+// host is the module that a name of an import means: itself, or what the
+// target's own map says of an API set. importer is who asks, what is for people.
+func (b *binder) host(dll, importer, what string) (string, error) {
+	if !apiSet(dll) {
+		return dll, nil
+	}
+	if b.sets == nil {
+		var err error
+		if b.sets, err = readApiSetMap(b.p); err != nil {
+			return "", err
+		}
+		if b.sets == nil {
+			return "", blocked("import", Author, "%s: %s is an API set and needs the target's own map, which this backend does not give", what, dll)
+		}
+	}
+	host := b.sets.host(dll, importer)
+	if host == "" {
+		return "", blocked("import", Author, "%s: no module of this system stands for %s", what, dll)
+	}
+	return host, nil
 }
 
 func apiSet(dll string) bool {

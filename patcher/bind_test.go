@@ -80,9 +80,9 @@ func TestBindImports(t *testing.T) {
 		{"dep.dll", "ToItself", 0, "forwarded more than"},
 		{"dep.dll", "OddNumber", 0, "makes no sense"},
 		{"dep.dll", "ToDotted", 0, "has not loaded kernel.core.dll"},
-		{"dep.dll", "ToSet", 0, "API sets"},
-		{"api-ms-win-core-x-l1-1-0.dll", "X", 0, "API sets"},
-		{"EXT-ms-win-x-l1-1-0.dll", "X", 0, "API sets"},
+		{"dep.dll", "ToSet", 0, "an API set and needs"},
+		{"api-ms-win-core-x-l1-1-0.dll", "X", 0, "an API set and needs"},
+		{"EXT-ms-win-x-l1-1-0.dll", "X", 0, "an API set and needs"},
 	} {
 		t.Run(fmt.Sprintf("%s!%s%d", c.dll, c.name, c.ordinal), func(t *testing.T) {
 			w := bindWorld(t)
