@@ -57,6 +57,7 @@ type choice struct {
 	Want    *repository.Offer // nil: nothing should be in force
 	Latest  *repository.Offer // the highest that is for this device, wanted or not
 	Why     reason            // why Latest is not Want
+	Held    *repository.Offer // the one that a hold alone keeps out, nil if none: what is older than Want is not missed
 }
 
 // fits tells why an offer is not for this device at all; ok means it is.
@@ -123,7 +124,7 @@ func allowed(o repository.Offer, d device, w wishes, now time.Time, fresh bool) 
 	case !fresh:
 		return because("expired", "the repository's metadata has ended: nothing new comes into force"), false
 	case w.Mode == Manual:
-		return because("manual", "the policy says mode = \"manual\": hotpatch install %s", o.ID), false
+		return because("manual", "the policy says mode = \"manual\""), false
 	case o.Rollout.NotBefore != nil && now.Before(*o.Rollout.NotBefore):
 		return because("not-before", "its publisher releases it on %s", o.Rollout.NotBefore.UTC().Format(time.RFC3339)), false
 	case d.Place >= o.Rollout.Percent:
@@ -143,6 +144,8 @@ func choose(offers []repository.Offer, d device, w wishes, now time.Time, fresh 
 			byProduct[o.Product] = append(byProduct[o.Product], o)
 		}
 	}
+	unheld := w
+	unheld.Hold = func(string) (reason, bool) { return reason{}, false }
 	out := map[string]choice{}
 	for product, list := range byProduct {
 		slices.SortFunc(list, highest)
@@ -151,12 +154,19 @@ func choose(offers []repository.Offer, d device, w wishes, now time.Time, fresh 
 		for i := range list {
 			o := &list[i]
 			r, ok := allowed(*o, d, w, now, fresh)
-			if floor := w.Floors[floorKey(*o)]; ok && !down && w.InForce[product] != o.ID && o.Sequence < floor {
+			floor := w.Floors[floorKey(*o)]
+			below := !down && w.InForce[product] != o.ID && o.Sequence < floor
+			if ok && below {
 				r, ok = because("rollback", "sequence %d is below %d, which was in force here", o.Sequence, floor), false
 			}
 			if ok {
 				c.Want = o
 				break
+			}
+			if c.Held == nil && r.Code == "held" && !below {
+				if _, would := installable(*o, d, unheld); would {
+					c.Held = o
+				}
 			}
 			if i == 0 {
 				c.Why = r

@@ -48,38 +48,45 @@ func TestChoose(t *testing.T) {
 		stale  bool
 		want   string // id, "" for none
 		why    string // code of why the highest is not wanted
+		held   string // id of the one that a hold alone keeps out
 	}{
-		{"the highest", []repository.Offer{offer("R1", 1), offer("R2", 2)}, nil, false, "R2", ""},
-		{"a held one", []repository.Offer{offer("R1", 1), offer("R2", 2)}, func(w *wishes) { w.Hold = holds("R2") }, false, "R1", "held"},
-		{"all held", []repository.Offer{offer("R1", 1), offer("R2", 2)}, func(w *wishes) { w.Hold = holds("R1", "R2") }, false, "", "held"},
-		{"halted, not here yet", []repository.Offer{offer("R1", 1), offer("R2", 2, halt(false))}, nil, false, "R1", "halted"},
-		{"halted, in force", []repository.Offer{offer("R1", 1), offer("R2", 2, halt(false))}, func(w *wishes) { w.InForce["app"] = "R2" }, false, "R2", ""},
+		{"the highest", []repository.Offer{offer("R1", 1), offer("R2", 2)}, nil, false, "R2", "", ""},
+		{"a held one", []repository.Offer{offer("R1", 1), offer("R2", 2)}, func(w *wishes) { w.Hold = holds("R2") }, false, "R1", "held", "R2"},
+		{"all held", []repository.Offer{offer("R1", 1), offer("R2", 2)}, func(w *wishes) { w.Hold = holds("R1", "R2") }, false, "", "held", "R2"},
+		{"halted, not here yet", []repository.Offer{offer("R1", 1), offer("R2", 2, halt(false))}, nil, false, "R1", "halted", ""},
+		{"halted, in force", []repository.Offer{offer("R1", 1), offer("R2", 2, halt(false))}, func(w *wishes) { w.InForce["app"] = "R2" }, false, "R2", "", ""},
 		{"halted with undo, in force", []repository.Offer{offer("R1", 1), offer("R2", 2, halt(true))},
-			func(w *wishes) { w.InForce["app"] = "R2"; w.Floors["sequence/app/"] = 2 }, false, "R1", "halted"},
-		{"manual", []repository.Offer{offer("R1", 1)}, func(w *wishes) { w.Mode = Manual }, false, "", "manual"},
-		{"manual, installed", []repository.Offer{offer("R1", 1), offer("R2", 2)}, func(w *wishes) { w.Mode = Manual; w.Installed["R1"] = true }, false, "R1", "manual"},
-		{"off its ring", []repository.Offer{offer("R1", 1, func(o *repository.Offer) { o.Rollout.Percent = 50 })}, nil, false, "", "ring"},
+			func(w *wishes) { w.InForce["app"] = "R2"; w.Floors["sequence/app/"] = 2 }, false, "R1", "halted", ""},
+		{"manual", []repository.Offer{offer("R1", 1)}, func(w *wishes) { w.Mode = Manual }, false, "", "manual", ""},
+		{"manual, installed", []repository.Offer{offer("R1", 1), offer("R2", 2)}, func(w *wishes) { w.Mode = Manual; w.Installed["R1"] = true }, false, "R1", "manual", ""},
+		{"off its ring", []repository.Offer{offer("R1", 1, func(o *repository.Offer) { o.Rollout.Percent = 50 })}, nil, false, "", "ring", ""},
 		{"off its ring, installed", []repository.Offer{offer("R1", 1, func(o *repository.Offer) { o.Rollout.Percent = 0 })},
-			func(w *wishes) { w.Installed["R1"] = true }, false, "R1", ""},
-		{"not yet", []repository.Offer{offer("R1", 1, func(o *repository.Offer) { o.Rollout.NotBefore = &later })}, nil, false, "", "not-before"},
-		{"metadata ended", []repository.Offer{offer("R1", 1)}, nil, true, "", "expired"},
-		{"metadata ended, in force", []repository.Offer{offer("R1", 1), offer("R2", 2)}, func(w *wishes) { w.InForce["app"] = "R1" }, true, "R1", "expired"},
-		{"metadata ended, installed", []repository.Offer{offer("R1", 1)}, func(w *wishes) { w.Installed["R1"] = true }, true, "", "expired"},
-		{"below the floor", []repository.Offer{offer("R1", 1)}, func(w *wishes) { w.InForce["app"] = "R2"; w.Floors["sequence/app/"] = 2 }, false, "", "rollback"},
+			func(w *wishes) { w.Installed["R1"] = true }, false, "R1", "", ""},
+		{"not yet", []repository.Offer{offer("R1", 1, func(o *repository.Offer) { o.Rollout.NotBefore = &later })}, nil, false, "", "not-before", ""},
+		{"metadata ended", []repository.Offer{offer("R1", 1)}, nil, true, "", "expired", ""},
+		{"metadata ended, in force", []repository.Offer{offer("R1", 1), offer("R2", 2)}, func(w *wishes) { w.InForce["app"] = "R1" }, true, "R1", "expired", ""},
+		{"metadata ended, installed", []repository.Offer{offer("R1", 1)}, func(w *wishes) { w.Installed["R1"] = true }, true, "", "expired", ""},
+		{"below the floor", []repository.Offer{offer("R1", 1)}, func(w *wishes) { w.InForce["app"] = "R2"; w.Floors["sequence/app/"] = 2 }, false, "", "rollback", ""},
 		{"below the floor by a word", []repository.Offer{offer("R1", 1)},
-			func(w *wishes) { w.InForce["app"] = "R2"; w.Floors["sequence/app/"] = 2; w.Hold = holds("R2") }, false, "R1", ""},
+			func(w *wishes) { w.InForce["app"] = "R2"; w.Floors["sequence/app/"] = 2; w.Hold = holds("R2") }, false, "R1", "", ""},
 		{"a word about another one", []repository.Offer{offer("R1", 1), offer("R3", 3)},
-			func(w *wishes) { w.InForce["app"] = "R2"; w.Floors["sequence/app/"] = 2; w.Hold = holds("R3") }, false, "", "held"},
+			func(w *wishes) { w.InForce["app"] = "R2"; w.Floors["sequence/app/"] = 2; w.Hold = holds("R3") }, false, "", "held", "R3"},
 		{"the way back, after both were taken out", []repository.Offer{offer("R1", 1), offer("R2", 2)},
-			func(w *wishes) { w.Floors["sequence/app/"] = 2; w.Hold = holds("R2") }, false, "R1", "held"},
-		{"broken", []repository.Offer{offer("R1", 1), offer("R2", 2)}, func(w *wishes) { w.Broken["R2"] = because("feature", "x") }, false, "R1", "feature"},
+			func(w *wishes) { w.Floors["sequence/app/"] = 2; w.Hold = holds("R2") }, false, "R1", "held", "R2"},
+		{"broken", []repository.Offer{offer("R1", 1), offer("R2", 2)}, func(w *wishes) { w.Broken["R2"] = because("feature", "x") }, false, "R1", "feature", ""},
 		{"broken, but in force before", []repository.Offer{offer("R1", 1), offer("R2", 2)},
 			func(w *wishes) {
 				w.Broken["R2"] = because("fetch", "x")
 				w.InForce["app"], w.Floors["sequence/app/"] = "R2", 2
-			}, false, "", "fetch"},
-		{"out of scope", []repository.Offer{offer("R1", 1)}, func(w *wishes) { w.Products = []Glob{"other"} }, false, "", "out-of-scope"},
-		{"same sequence twice", []repository.Offer{offer("B", 1), offer("A", 1)}, nil, false, "A", ""},
+			}, false, "", "fetch", ""},
+		{"out of scope", []repository.Offer{offer("R1", 1)}, func(w *wishes) { w.Products = []Glob{"other"} }, false, "", "out-of-scope", ""},
+		{"same sequence twice", []repository.Offer{offer("B", 1), offer("A", 1)}, nil, false, "A", "", ""},
+		{"an older one held", []repository.Offer{offer("R1", 1), offer("R2", 2)}, func(w *wishes) { w.Hold = holds("R1") }, false, "R2", "", ""},
+		{"held, and halted", []repository.Offer{offer("R1", 1), offer("R2", 2, halt(true))}, func(w *wishes) { w.Hold = holds("R2") }, false, "R1", "held", ""},
+		{"held below one that is not due", []repository.Offer{offer("R1", 1), offer("R2", 2), offer("R3", 3, func(o *repository.Offer) { o.Rollout.NotBefore = &later })},
+			func(w *wishes) { w.Hold = holds("R2") }, false, "R1", "not-before", "R2"},
+		{"held below the floor", []repository.Offer{offer("R1", 1)},
+			func(w *wishes) { w.InForce["app"] = "R2"; w.Floors["sequence/app/"] = 2; w.Hold = holds("R1") }, false, "", "held", ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			w := noWishes()
@@ -91,8 +98,12 @@ func TestChoose(t *testing.T) {
 			if got.Want != nil {
 				id = got.Want.ID
 			}
-			if id != c.want || got.Why.Code != c.why {
-				t.Errorf("wants %q because %q, not %q because %q", id, got.Why.Code, c.want, c.why)
+			held := ""
+			if got.Held != nil {
+				held = got.Held.ID
+			}
+			if id != c.want || got.Why.Code != c.why || held != c.held {
+				t.Errorf("wants %q because %q, held %q, not %q because %q, held %q", id, got.Why.Code, held, c.want, c.why, c.held)
 			}
 		})
 	}

@@ -320,7 +320,7 @@ func remedyFor(r reason) control.Remedy {
 		return control.RemedyWait
 	case "baseline":
 		return control.RemedyBaseline
-	case "feature", "consistency", "damaged":
+	case "feature", "consistency", "damaged", "halted":
 		return control.RemedyAuthor
 	}
 	return control.RemedyPolicy

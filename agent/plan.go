@@ -17,7 +17,12 @@ import (
 func (a *Agent) Plan(ctx context.Context, c control.Caller, q control.PlanQuery) (*control.Plan, error) {
 	var o repository.Offer
 	var cerr *control.Error
-	if err := a.call(ctx, func() { o, cerr = a.offerFor(q.ID) }); err != nil {
+	var refused *control.Error
+	if err := a.call(ctx, func() {
+		if o, cerr = a.offerFor(q.ID); cerr == nil {
+			refused = a.mayInstall(o)
+		}
+	}); err != nil {
 		return nil, err
 	}
 	if cerr != nil {
@@ -28,6 +33,9 @@ func (a *Agent) Plan(ctx context.Context, c control.Caller, q control.PlanQuery)
 		return nil, &control.Error{Code: control.CodeConflict, Text: l.problem.Text}
 	}
 	doc := &control.Plan{Release: o.ID, Sequence: int64(o.Sequence), Product: o.Product, Title: o.Title, Processes: []control.PlannedProcess{}}
+	if refused != nil {
+		doc.Refused = &control.Refusal{Code: string(refused.Code), Text: refused.Text, Hint: refused.Hint}
+	}
 	found := q.PID == 0
 	err := a.call(ctx, func() {
 		for _, p := range a.procs {

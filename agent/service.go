@@ -111,15 +111,25 @@ func (a *Agent) offerFor(id string) (repository.Offer, *control.Error) {
 		return *best, nil
 	}
 	e := &control.Error{Code: control.CodeNotFound, Text: "no release is offered for this device", Hint: "hotpatch list shows why not; hotpatch check asks the repository again"}
-	for i := range offers {
-		o := &offers[i]
-		if r, held := w.Hold(o.ID); held {
-			if _, ok := fits(*o, d); ok {
-				e.Text, e.Hint = fmt.Sprintf("%s, which is for this device, is %s", o.ID, r.Text), "hotpatch install "+o.ID+" lifts the hold of an operator"
-			}
-		}
+	if o, r, ok := a.keptOut(w, d); ok {
+		e.Code, e.Text, e.Hint = control.CodeConflict, fmt.Sprintf("%s fits this device, but it is %s", o.ID, r.Text), a.liftHold(o.ID)
 	}
 	return repository.Offer{}, e
+}
+
+// keptOut is the most urgent release that nothing but a hold keeps out of force.
+func (a *Agent) keptOut(w wishes, d device) (o repository.Offer, r reason, ok bool) {
+	now := a.o.Now()
+	choices := choose(a.allOffers(), d, w, now, a.fresh(now))
+	for _, product := range slices.Sorted(maps.Keys(choices)) {
+		if h := choices[product].Held; h != nil && (!ok || severityRank(h.Severity) < severityRank(o.Severity)) {
+			o, ok = *h, true
+		}
+	}
+	if ok {
+		r, _ = w.Hold(o.ID)
+	}
+	return o, r, ok
 }
 
 // sooner tells whether a is to be installed before b: what is not in force yet, then the worse.
@@ -175,6 +185,9 @@ func (a *Agent) Install(ctx context.Context, c control.Caller, r control.Install
 		ch.Changed = ch.Changed || lifted
 		if !ch.Changed && ch.Coverage.Open() == 0 {
 			ch.Text = o.ID + " is already in force; nothing to do"
+			if h, r, ok := a.keptOut(a.wishes(), a.deviceFor()); ok && r.Code != "" {
+				ch.Text += fmt.Sprintf(". %s, sequence %d, is %s; %s", h.ID, h.Sequence, r.Text, a.liftHold(h.ID))
+			}
 		}
 	})
 	if err = errors.Join(err, orNil(cerr)); err != nil {
@@ -358,25 +371,12 @@ func (a *Agent) rollback(c control.Caller, id string, ch *control.Change, progre
 		}
 		id = before.status.Release.ID
 	}
-	product, seq := "", int64(0)
-	var cves []string
-	if o, ok := a.offerOf(id); ok {
-		product, seq, cves = o.Product, int64(o.Sequence), o.CVEs
-	}
-	for _, rel := range before.status.Releases {
-		if rel.ID == id {
-			product, seq, cves = rel.Product, rel.Sequence, rel.CVEs
-		}
-	}
-	for _, r := range a.allRecords() {
-		if r.Release == id && product == "" {
-			product, seq = r.Product, int64(r.Sequence)
-		}
-	}
+	product, seq, cves := a.whatIs(id, before)
 	if product == "" {
 		return &control.Error{Code: control.CodeNotFound, Text: fmt.Sprintf("no release %q is known here", id), Hint: "hotpatch list"}
 	}
 	ch.Release, ch.Product, ch.Sequence = id, product, seq
+	out := a.inForceOrMemory(before, id)
 	held, err := a.hold(c, id, product, "rolled back", "rollback")
 	if err != nil {
 		return control.Errorf(control.CodeInternal, "cannot roll back: %v", err)
@@ -385,25 +385,62 @@ func (a *Agent) rollback(c control.Caller, id string, ch *control.Change, progre
 	a.preload(product)
 	a.pass(a.runCtx(), product, progress)
 	a.fill(ch, before, product)
-	now := a.shown.Load()
-	open := map[string]bool{}
-	for _, rel := range now.status.Releases {
-		if rel.Product == product {
-			ch.Previous = rel.ID
-			for _, x := range rel.CVEs {
-				open[x] = true
+	a.wentBack(ch, cves, out)
+	ch.Changed = ch.Changed || held
+	switch {
+	case !ch.Changed:
+		ch.Text = id + " is out already and held"
+	case !out:
+		ch.Text = id + " is not in force here, so that nothing is taken out; it is held from now on"
+		if ch.Previous != "" {
+			ch.Text += ". In force stays " + ch.Previous
+		}
+	}
+	return nil
+}
+
+// whatIs finds a release by id, wherever it is known: offered, in force, or in
+// a process only. product is "" if it is not known at all.
+func (a *Agent) whatIs(id string, s *snapshot) (product string, sequence int64, cves []string) {
+	if o, ok := a.offerOf(id); ok {
+		product, sequence, cves = o.Product, int64(o.Sequence), o.CVEs
+	}
+	for _, rel := range s.status.Releases {
+		if rel.ID == id {
+			product, sequence, cves = rel.Product, rel.Sequence, rel.CVEs
+		}
+	}
+	for _, r := range a.allRecords() {
+		if r.Release == id && product == "" {
+			product, sequence = r.Product, int64(r.Sequence)
+		}
+	}
+	return product, sequence, cves
+}
+
+// inForceOrMemory tells whether a release is in force, or still in some process.
+func (a *Agent) inForceOrMemory(s *snapshot, id string) bool {
+	return slices.ContainsFunc(s.status.Releases, func(r control.ActiveRelease) bool { return r.ID == id }) ||
+		slices.ContainsFunc(a.allRecords(), func(r patcher.Record) bool { return r.Release == id && r.Live() })
+}
+
+// wentBack tells which release of the product is in force now, and which CVEs
+// are open again if one was taken out.
+func (a *Agent) wentBack(ch *control.Change, cves []string, out bool) {
+	fixed := map[string]bool{}
+	for _, r := range a.shown.Load().status.Releases {
+		if r.Product == ch.Product {
+			ch.Previous = r.ID
+			for _, x := range r.CVEs {
+				fixed[x] = true
 			}
 		}
 	}
 	for _, x := range cves {
-		if !open[x] {
+		if out && !fixed[x] && !slices.Contains(ch.Reopened, x) {
 			ch.Reopened = append(ch.Reopened, x)
 		}
 	}
-	if ch.Changed = ch.Changed || held; !ch.Changed {
-		ch.Text = id + " is out already and held"
-	}
-	return nil
 }
 
 // preload makes the release that will be in force after a rollback ready, so
@@ -449,11 +486,11 @@ func (a *Agent) simple(ctx context.Context, action, id string, fn func() (change
 	ch := &control.Change{Action: action, Release: id, Results: []control.Process{}, Reopened: []string{}}
 	var ferr error
 	err := a.call(ctx, func() {
-		if o, ok := a.offerOf(id); ok {
-			ch.Product, ch.Sequence = o.Product, int64(o.Sequence)
-		}
 		var changed bool
 		before := a.shown.Load()
+		if id != "" {
+			ch.Product, ch.Sequence, _ = a.whatIs(id, before)
+		}
 		if changed, ch.Text, ferr = fn(); ferr != nil {
 			return
 		}
@@ -475,15 +512,14 @@ func (a *Agent) Hold(ctx context.Context, c control.Caller, id, why string) (*co
 	if !release.ValidID(id) {
 		return nil, control.Errorf(control.CodeUsage, "%q is not the id of a release", id)
 	}
-	return a.simple(ctx, "hold", id, func() (bool, string, error) {
+	out, product, cves := false, "", []string(nil)
+	ch, err := a.simple(ctx, "hold", id, func() (bool, string, error) {
 		w := a.wishes()
 		if r, held := w.Hold(id); held {
 			return false, id + " is " + r.Text, nil
 		}
-		product := ""
-		if o, ok := a.offerOf(id); ok {
-			product = o.Product
-		}
+		product, _, cves = a.whatIs(id, a.shown.Load())
+		out = a.inForceOrMemory(a.shown.Load(), id)
 		if _, err := a.hold(c, id, product, why, "hold"); err != nil {
 			return false, "", err
 		}
@@ -492,6 +528,25 @@ func (a *Agent) Hold(ctx context.Context, c control.Caller, id, why string) (*co
 		}
 		return true, id + " is held until: hotpatch release-hold " + id, nil
 	})
+	if err != nil || !ch.Changed {
+		return ch, err
+	}
+	switch {
+	case out:
+		a.wentBack(ch, cves, out)
+		ch.Text = id + " was in force and is taken out, " + backTo(ch.Previous) + ". It is held until: hotpatch release-hold " + id
+	case product == "":
+		ch.Text += ". No release of that id is known here: the hold counts if one comes; if the id is misspelt, hotpatch list has the right one"
+	}
+	return ch, nil
+}
+
+// backTo says what is in force after a release was taken out.
+func backTo(previous string) string {
+	if previous == "" {
+		return "no release of this product is in force now"
+	}
+	return "back to " + previous
 }
 
 // ReleaseHold lifts a hold of the operator; one of the policy is the policy's to lift.

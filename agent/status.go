@@ -3,7 +3,6 @@ package agent
 import (
 	"cmp"
 	"fmt"
-	"maps"
 	"os"
 	"slices"
 	"time"
@@ -120,7 +119,7 @@ func (a *Agent) showProcesses(v View, intents []Intent) control.Processes {
 // showImage tells the state of one image by what decide says of it now.
 func (a *Agent) showImage(in Intent, rows map[rowKey]row) control.Image {
 	im := control.Image{Name: in.Image.Name, Base: control.Addr(in.Image.Base), Product: in.Product, Path: in.Image.Path,
-		State: in.State, ReasonCode: in.Reason.Code, Reason: in.Reason.Text, Remedy: in.Remedy}
+		State: in.State, ReasonCode: in.Reason.Code, Reason: in.Reason.Text, Remedy: in.Remedy, ToDo: a.toDo(in)}
 	if in.Offer != nil {
 		im.Release, im.Sequence = in.Offer.ID, int64(in.Offer.Sequence)
 	}
@@ -147,7 +146,11 @@ func (a *Agent) since(rows map[rowKey]row, k rowKey, uid int, im control.Image) 
 	if ok && old.state == now.state && old.code == now.code {
 		now.since = old.since
 	} else if ok {
-		a.hub.send(control.Event{Type: control.EventImage, PID: k.id.PID, Image: im.Name, From: string(old.state), State: string(im.State), Reason: im.Reason,
+		why := im.Reason
+		if im.ReasonCode == "held" {
+			why = "held on this device" // who and why is the operators' affair
+		}
+		a.hub.send(control.Event{Type: control.EventImage, PID: k.id.PID, Image: im.Name, From: string(old.state), State: string(im.State), Reason: why,
 			Scope: control.Scope{OfUser: true, UID: uid}, Text: fmt.Sprintf("%s in process %d: %s, was %s", im.Name, k.id.PID, im.State, old.state)})
 	}
 	rows[k] = now
@@ -168,7 +171,7 @@ func showAnnex(r patcher.Record) *control.Annex {
 }
 
 func (a *Agent) showOffers(v View, w wishes) control.Offers {
-	doc := control.Offers{Releases: []control.Offer{}}
+	doc := control.Offers{Eligible: a.verdict.Eligible, Releases: []control.Offer{}}
 	d := a.deviceFor()
 	for _, o := range a.allOffers() {
 		x := control.Offer{ID: o.ID, Product: o.Product, Kind: o.Kind, Sequence: int64(o.Sequence), Month: o.Month, Baseline: o.Baseline,
@@ -235,24 +238,19 @@ func (a *Agent) showStatus(v View, w wishes, s *snapshot) control.Status {
 		}
 		holds, err := tx.Holds()
 		for _, h := range holds {
-			x := control.Hold{ID: h.ID, Product: h.Product, By: h.By, Since: control.At(h.Since), Reason: h.Reason, CVEs: []string{}}
-			if o, ok := a.offerOf(h.ID); ok {
-				x.CVEs = nonNil(o.CVEs)
-			}
-			st.Holds = append(st.Holds, x)
+			st.Holds = append(st.Holds, control.Hold{ID: h.ID, Product: h.Product, By: h.By, Since: control.At(h.Since), Reason: h.Reason})
 		}
 		return err
 	})
 	if a.policy != nil {
 		for _, id := range a.policy.Hold {
-			x := control.Hold{ID: id, By: "policy", CVEs: []string{}}
-			if o, ok := a.offerOf(id); ok {
-				x.Product, x.CVEs = o.Product, nonNil(o.CVEs)
-			}
 			if !slices.ContainsFunc(st.Holds, func(h control.Hold) bool { return h.ID == id }) {
-				st.Holds = append(st.Holds, x)
+				st.Holds = append(st.Holds, control.Hold{ID: id, By: "policy"})
 			}
 		}
+	}
+	for i := range st.Holds {
+		a.weighHold(&st.Holds[i], v, st.Releases)
 	}
 	slices.SortFunc(st.Holds, func(x, y control.Hold) int { return cmp.Compare(x.ID, y.ID) })
 	slices.SortFunc(st.Releases, func(x, y control.ActiveRelease) int {
@@ -262,9 +260,39 @@ func (a *Agent) showStatus(v View, w wishes, s *snapshot) control.Status {
 		st.Release = &st.Releases[0]
 		s.processes.Release, s.processes.Sequence = st.Release.ID, st.Release.Sequence
 	}
-	st.Attention = a.attention(v, s)
+	st.Attention = a.attention(v, s, st.Holds)
 	st.State = a.state(v, w, s)
 	return st
+}
+
+// weighHold tells what a hold costs: the CVEs that are open because of it. A
+// hotpatch is cumulative: what is in force fixes all that an older one does.
+func (a *Agent) weighHold(h *control.Hold, v View, inForce []control.ActiveRelease) {
+	h.CVEs = []string{}
+	o, ok := a.offerOf(h.ID)
+	if !ok {
+		return
+	}
+	h.Product = o.Product
+	c := v.Choices[o.Product]
+	h.Decisive = c.Held != nil && c.Held.ID == h.ID
+	fixed := map[string]bool{}
+	for _, r := range inForce {
+		if r.Product != o.Product {
+			continue
+		}
+		if r.Sequence > int64(o.Sequence) {
+			return
+		}
+		for _, x := range r.CVEs {
+			fixed[x] = true
+		}
+	}
+	for _, x := range o.CVEs {
+		if !fixed[x] {
+			h.CVEs = append(h.CVEs, x)
+		}
+	}
 }
 
 // severityRank orders the authors' words, worst first; unknown ones last.
@@ -295,7 +323,7 @@ func (a *Agent) state(v View, w wishes, s *snapshot) control.State {
 		}
 	}
 	for _, ch := range v.Choices {
-		held = held || ch.Why.Code == "held"
+		held = held || ch.Held != nil
 	}
 	pendingOnly := c.Open() == c.Pending
 	switch {
@@ -309,77 +337,6 @@ func (a *Agent) state(v View, w wishes, s *snapshot) control.State {
 		return control.Hotpatched
 	}
 	return control.UpToDate
-}
-
-// expirySoon is when the end of the metadata becomes something to act on.
-const expirySoon = 3 * 24 * time.Hour
-
-// attention lists what a person should know or do, worst first.
-func (a *Agent) attention(v View, s *snapshot) []control.Attention {
-	out := slices.Clone(a.notices)
-	add := func(code, severity, text, remedy string, since control.Time, scope control.Scope) {
-		out = append(out, control.Attention{Code: code, Severity: severity, Text: text, Remedy: remedy, Since: since, Scope: scope})
-	}
-	public := control.Scope{Public: true}
-	now := control.At(v.Now)
-	for _, p := range s.processes.Processes {
-		for _, im := range p.Images {
-			if im.State == control.Torn {
-				add("torn", control.SeverityError, fmt.Sprintf("%s in %s %d could not be written back: restart that process", im.Name, p.Exe, p.PID),
-					string(control.RemedyRestartProcess), im.Since, control.Scope{OfUser: true, UID: p.UID})
-			}
-		}
-	}
-	a.recMu.Lock()
-	broken, since := a.stateErr, a.stateSince
-	a.recMu.Unlock()
-	if broken != nil {
-		add("state", control.SeverityError, "the state cannot be written: nothing is begun without it", "make room in "+a.o.Config.StateDir, control.At(since), public)
-	}
-	if a.policyErr != nil {
-		add("policy", control.SeverityError, "the policy was refused, the last good one stays in force", "mend "+a.o.Config.Policy.File+" (hotpatchd check-config shows the place)", now, public)
-	}
-	if a.repoErr != nil {
-		add("repository", control.SeverityWarning, "repository: "+a.repoErr.Text, "applied fixes stay; it is tried again by itself", a.repoErr.Since, public)
-	}
-	if !a.expires.IsZero() && v.Now.After(a.expires) {
-		add("expired", control.SeverityWarning, fmt.Sprintf("the repository's metadata ended %s: nothing new is applied", a.expires.UTC().Format(time.RFC3339)), "the publisher has to sign it anew; or this clock is ahead", control.At(a.expires), public)
-	} else if !a.expires.IsZero() && a.expires.Sub(v.Now) < expirySoon && a.repoErr != nil {
-		add("expires-soon", control.SeverityWarning, fmt.Sprintf("the repository's metadata ends %s", a.expires.UTC().Format(time.RFC3339)), "mend the connection to the repository", now, public)
-	}
-	if a.denied > 0 {
-		add("not-looked-into", control.SeverityWarning, fmt.Sprintf("processes that could not be looked into, because the system refuses access: %d", a.denied), "the backend may reach: "+a.freeze, now, public)
-	}
-	if a.scanErr != nil {
-		add("scan", control.SeverityError, "the processes cannot be listed", "see the log", now, public)
-	}
-	for _, product := range slices.Sorted(maps.Keys(v.Choices)) {
-		switch c := v.Choices[product]; {
-		case c.Why.Code == "rollback":
-			add("rollback", control.SeverityWarning, c.Latest.ID+": "+c.Why.Text, "hotpatch install "+c.Latest.ID, now, public)
-		case c.Want != nil && blocks[c.Why.Code]:
-			// What an older sequence fixes is fixed; the rest has no row to say so.
-			add(c.Why.Code, control.SeverityWarning, fmt.Sprintf("%s cannot be used here, %s is: %s", c.Latest.ID, c.Want.ID, c.Why.Text), string(remedyFor(c.Why)), now, public)
-		}
-	}
-	// What was said before stands since then.
-	if old := a.shown.Load(); old != nil {
-		for i := range out {
-			for _, was := range old.status.Attention {
-				if was.Code == out[i].Code && was.Text == out[i].Text && was.Since.Before(out[i].Since.Time) {
-					out[i].Since = was.Since
-				}
-			}
-		}
-	}
-	for i := range out {
-		if out[i].Remedy == "" {
-			out[i].Remedy = "none"
-		}
-	}
-	rank := map[string]int{control.SeverityError: 0, control.SeverityWarning: 1, control.SeverityInfo: 2}
-	slices.SortStableFunc(out, func(x, y control.Attention) int { return cmp.Compare(rank[x.Severity], rank[y.Severity]) })
-	return out
 }
 
 func nonNil(s []string) []string {

@@ -380,9 +380,9 @@ func deniedRow(p *procState, choices map[string]choice) (control.Image, bool) {
 		return control.Image{}, false
 	}
 	im := control.Image{Name: lastElement(p.info.Image), State: control.Blocked, ReasonCode: "denied",
-		Reason: "the process may not be opened: the system refuses access", Remedy: control.RemedyPolicy, Detail: p.err.Error()}
+		Reason: "the process may not be opened: the system refuses access", Remedy: control.RemedyPolicy, ToDo: deniedToDo, Detail: p.err.Error()}
 	if !errors.Is(p.err, target.ErrDenied) {
-		im.ReasonCode, im.Reason, im.Remedy = "unreadable", "the images of the process could not be read", control.RemedyWait
+		im.ReasonCode, im.Reason, im.Remedy, im.ToDo = "unreadable", "the images of the process could not be read", control.RemedyWait, ""
 	}
 	for _, product := range slices.Sorted(maps.Keys(choices)) {
 		c := choices[product]

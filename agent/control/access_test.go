@@ -338,3 +338,23 @@ func TestListsAreNeverNull(t *testing.T) {
 		t.Errorf("no release and no error are null: %s", b)
 	}
 }
+
+// Who held a release, and why, is the operators' affair.
+func TestStrangersDoNotSeeWhoHolds(t *testing.T) {
+	const why = "held by root since 2026-11-22T12:00:00Z: it eats memory"
+	offers := &Offers{Releases: []Offer{{ID: "R1", Held: true, ReasonCode: "held", Reason: why}}}
+	processes := &Processes{Processes: []Process{{UID: strangerCaller.UID, Images: []Image{{Name: "a.dll", ReasonCode: "held", Reason: why}}}}}
+	status := &Status{Holds: []Hold{{ID: "R1", By: "root", Reason: "it eats memory"}}}
+	for _, doc := range []any{offers, processes, status} {
+		b, err := encode(filter(strangerCaller, doc), "1", testNow)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(string(b), "root") || strings.Contains(string(b), "memory") || !strings.Contains(string(b), "R1") && !strings.Contains(string(b), "held on this device") {
+			t.Errorf("a stranger sees %s", b)
+		}
+		if b, _ = encode(filter(rootCaller, doc), "1", testNow); !strings.Contains(string(b), "memory") {
+			t.Errorf("an operator does not see why: %s", b)
+		}
+	}
+}

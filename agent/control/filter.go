@@ -71,7 +71,7 @@ func strangersStatus(c Caller, d *Status) *Status {
 		}
 	}
 	for _, h := range d.Holds { // who and why is the operators' affair
-		out.Holds = append(out.Holds, Hold{ID: h.ID, Product: h.Product, Since: h.Since, CVEs: h.CVEs})
+		out.Holds = append(out.Holds, Hold{ID: h.ID, Product: h.Product, Since: h.Since, CVEs: h.CVEs, Decisive: h.Decisive})
 	}
 	return out
 }
@@ -91,11 +91,11 @@ func strangersEligibility(d *Eligibility) *Eligibility {
 }
 
 func strangersOffers(d *Offers) *Offers {
-	out := &Offers{Header: d.Header}
+	out := &Offers{Header: d.Header, Eligible: d.Eligible}
 	for _, o := range d.Releases {
 		out.Releases = append(out.Releases, Offer{ID: o.ID, Product: o.Product, Kind: o.Kind, Sequence: o.Sequence,
 			Month: o.Month, Baseline: o.Baseline, Title: o.Title, Severity: o.Severity, CVEs: o.CVEs, Fits: o.Fits,
-			ReasonCode: o.ReasonCode, Reason: scrub(o.Reason), InForce: o.InForce, Held: o.Held, Halted: o.Halted,
+			ReasonCode: o.ReasonCode, Reason: strangersReason(o.ReasonCode, o.Reason), InForce: o.InForce, Held: o.Held, Halted: o.Halted,
 			Published: o.Published})
 	}
 	return out
@@ -111,12 +111,20 @@ func strangersProcesses(c Caller, d *Processes) *Processes {
 		row := Process{PID: p.PID, Start: p.Start, Exe: p.Exe, Host: p.Host, User: p.User, Unit: p.Unit}
 		for _, i := range p.Images {
 			row.Images = append(row.Images, Image{Name: i.Name, Product: i.Product, Release: i.Release,
-				Sequence: i.Sequence, State: i.State, ReasonCode: i.ReasonCode, Reason: scrub(i.Reason),
-				Since: i.Since, Remedy: i.Remedy, PauseUS: i.PauseUS, Attempts: i.Attempts})
+				Sequence: i.Sequence, State: i.State, ReasonCode: i.ReasonCode,
+				Reason: strangersReason(i.ReasonCode, i.Reason), ToDo: scrub(i.ToDo), Since: i.Since, Remedy: i.Remedy, PauseUS: i.PauseUS, Attempts: i.Attempts})
 		}
 		out.Processes = append(out.Processes, row)
 	}
 	return out
+}
+
+// strangersReason keeps to itself who held a release, and why.
+func strangersReason(code, text string) string {
+	if code == "held" {
+		return "held on this device"
+	}
+	return scrub(text)
 }
 
 // counts is all of Coverage: it has nothing but counts.

@@ -8,6 +8,7 @@ type Plan struct {
 	Product   string           `json:"product"`
 	Title     string           `json:"title"`
 	Coverage  Coverage         `json:"coverage"` // expected after the work
+	Refused   *Refusal         `json:"refused"`  // why install would refuse it as a whole, null if it would not
 	Processes []PlannedProcess `json:"processes"`
 }
 
@@ -92,4 +93,5 @@ type Bind struct {
 type Refusal struct {
 	Code string `json:"code"`
 	Text string `json:"text"`
+	Hint string `json:"hint,omitempty"` // what to do
 }

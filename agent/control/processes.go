@@ -3,6 +3,7 @@ package control
 // Offers is what the repository offers and what of it fits this device.
 type Offers struct {
 	Header
+	Eligible bool    `json:"eligible"` // false: nothing of it is installed here
 	Releases []Offer `json:"releases"`
 }
 
@@ -63,6 +64,7 @@ type Image struct {
 	Reason     string     `json:"reason"`
 	Since      Time       `json:"since"`
 	Remedy     Remedy     `json:"remedy"`
+	ToDo       string     `json:"to_do"`    // a sentence or command, where it says more than the remedy
 	PauseUS    int64      `json:"pause_us"` // how long all threads stood, microseconds; 0 if never
 	Attempts   int        `json:"attempts"`
 

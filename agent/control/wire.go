@@ -343,7 +343,10 @@ type Hold struct {
 	By      string   `json:"by"` // user name, or "policy"
 	Since   Time     `json:"since"`
 	Reason  string   `json:"reason"`
-	CVEs    []string `json:"cves"` // open again because of it
+	CVEs    []string `json:"cves"` // open because of it
+	// Decisive: without it this release would be the one in force. A hold on an
+	// older release, or on one that would not come anyway, is not.
+	Decisive bool `json:"decisive"`
 }
 
 // Eligibility is every check: wanted, found, where it was read, what to do.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"strings"
 
@@ -74,8 +75,14 @@ func (s *session) rollbackCommand() *cobra.Command {
 func (s *session) holdCommand() *cobra.Command {
 	reason := ""
 	c := &cobra.Command{
-		Use: "hold ID", Short: "Say no to a release until release-hold or install", Args: args(1, "ID"), ValidArgsFunction: s.completeID,
+		Use: "hold ID", Short: "Say no to a release until release-hold or install; one that is in force is taken out",
+		Long: `Say no to a release until release-hold or install. A release that is in force is taken out of all
+processes, back to the one before. A hold may be set before its release is published.`,
+		Args: args(1, "ID"), ValidArgsFunction: s.completeID,
 		RunE: func(c *cobra.Command, args []string) error {
+			if !s.jsonOut {
+				s.sayTakenOut(c.Context(), args[0])
+			}
 			return s.change(func(func(control.Event)) (*control.Change, error) {
 				return s.client.Hold(c.Context(), args[0], reason)
 			})
@@ -83,6 +90,20 @@ func (s *session) holdCommand() *cobra.Command {
 	}
 	c.Flags().StringVar(&reason, "reason", "", "why, for the history")
 	return c
+}
+
+// sayTakenOut tells beforehand that a hold takes out what is in force. What
+// cannot be asked is not said: the hold itself answers.
+func (s *session) sayTakenOut(ctx context.Context, id string) {
+	st, err := s.client.Status(ctx)
+	if err != nil {
+		return
+	}
+	for _, r := range st.Releases {
+		if r.ID == id {
+			fmt.Fprintf(s.out, "%s is in force here: the hold takes it out of the processes that run it.\n", clean(id))
+		}
+	}
 }
 
 func (s *session) releaseHoldCommand() *cobra.Command {
@@ -100,7 +121,7 @@ func (s *session) releaseHoldCommand() *cobra.Command {
 }
 
 func (s *session) pauseCommand() *cobra.Command {
-	return s.switchCommand("pause", "Change nothing until resume; what is applied stays", func(ctx context.Context) (*control.Change, error) {
+	return s.switchCommand("pause", "Apply nothing new until resume; what is applied stays, and rollback and hold work as ever", func(ctx context.Context) (*control.Change, error) {
 		return s.client.Pause(ctx)
 	})
 }

@@ -135,7 +135,7 @@ func eligibleDoc() *control.Eligibility {
 }
 
 func offersDoc() *control.Offers {
-	return &control.Offers{Header: header(control.FormatOffers), Releases: []control.Offer{
+	return &control.Offers{Header: header(control.FormatOffers), Eligible: true, Releases: []control.Offer{
 		{ID: "ACME-2026-12", Product: "acme-server", Kind: "hotpatch", Sequence: 3, Month: "2026-12", Severity: "critical", Title: "frame parser again", Fits: true},
 		{ID: "ACME-2026-11", Product: "acme-server", Kind: "hotpatch", Sequence: 2, Month: "2026-11", Severity: "critical", Title: "heap overflow in the frame parser", Fits: true, InForce: true},
 		{ID: "ACME-2026-10", Product: "acme-server", Kind: "hotpatch", Sequence: 1, Month: "2026-10", Severity: "moderate", Title: "first", ReasonCode: "superseded", Reason: "ACME-2026-11, sequence 2, replaces it"},

@@ -47,6 +47,8 @@ func (s *screen) change(c *control.Change) string {
 	switch {
 	case c.Action != "install" && c.Action != "rollback":
 		p.verdict(s, "", strings.ToUpper(c.Action), orElse(c.Text, map[bool]string{true: "done", false: "it was so already; nothing to do"}[c.Changed]))
+	case c.Action == "rollback" && c.Changed && open == 0 && c.Text != "": // nothing was taken out
+		p.verdict(s, fair, "HELD", c.Text+".")
 	case !c.Changed && open == 0:
 		p.line("%s", clean(orElse(c.Text, alreadySo(c)+"; nothing to do.")))
 	case c.Action == "install" && open == 0:

@@ -15,7 +15,7 @@ func (s *screen) offers(d *control.Offers) string {
 		p.line("Ask it now: hotpatch check")
 		return p.String()
 	}
-	fit, next := 0, ""
+	fit, next, held := 0, "", ""
 	var rows [][]string
 	for _, o := range d.Releases {
 		word, why := "no", o.Reason
@@ -35,6 +35,12 @@ func (s *screen) offers(d *control.Offers) string {
 		if o.Fits && !o.InForce && !o.Held && next == "" {
 			next = o.ID
 		}
+		if o.ReasonCode == "manual" && next == "" {
+			next = o.ID // the operator's word is all that it waits for
+		}
+		if o.Held && held == "" {
+			held = o.ID
+		}
 		if why == "" {
 			why = o.ReasonCode
 		}
@@ -52,9 +58,16 @@ func (s *screen) offers(d *control.Offers) string {
 		}
 		return fair
 	})
-	if next != "" {
+	switch {
+	case !d.Eligible:
+		p.blank()
+		p.line("Nothing of it is installed here: this device is not eligible. hotpatch eligibility says why.")
+	case next != "":
 		p.blank()
 		p.line("hotpatch plan %s shows what it would do; hotpatch install %s does it.", clean(next), clean(next))
+	case held != "":
+		p.blank()
+		p.line("hotpatch install %s lifts the hold on it and applies it, unless the policy holds it.", clean(held))
 	}
 	return p.String()
 }

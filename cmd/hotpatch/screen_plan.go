@@ -21,8 +21,12 @@ func (s *screen) plan(d *control.Plan, pid int) string {
 		return p.String()
 	}
 	c := d.Coverage
-	p.verdict(s, "", "PLAN", fmt.Sprintf("%s: %d of %s in %s would run fixed code. Nothing is changed by looking.",
-		name, c.Patched+c.Fixed, many(c.Images, "image"), processes(c.Processes)))
+	if changes(d) == 0 {
+		p.verdict(s, "", "PLAN", fmt.Sprintf("%s: nothing is to be done. Of %s in %s: %s.", name, many(c.Images, "image"), processes(c.Processes), counts(c)))
+	} else {
+		p.verdict(s, "", "PLAN", fmt.Sprintf("%s: %d of %s in %s would run fixed code. Nothing is changed by looking.",
+			name, c.Patched+c.Fixed, many(c.Images, "image"), processes(c.Processes)))
+	}
 	p.blank()
 	var rows [][]string
 	for _, x := range d.Processes {
@@ -37,8 +41,33 @@ func (s *screen) plan(d *control.Plan, pid int) string {
 	p.blank()
 	p.line("Totals: %s.", counts(c))
 	p.line("One process byte by byte: hotpatch plan %s --pid PID", clean(d.Release))
-	p.line("Apply with: hotpatch install %s", clean(d.Release))
+	p.applyWith(d)
 	return p.String()
+}
+
+// changes counts the images that the plan would change.
+func changes(d *control.Plan) (n int) {
+	for _, x := range d.Processes {
+		for _, i := range x.Images {
+			if isWell(i.State) && len(i.Functions) > 0 {
+				n++
+			}
+		}
+	}
+	return n
+}
+
+// applyWith is the next command, if there is anything to do and it would not be refused.
+func (p *page) applyWith(d *control.Plan) {
+	switch r := d.Refused; {
+	case r != nil:
+		p.field("", 0, "hotpatch install "+d.Release+" would be refused: "+r.Text)
+		if r.Hint != "" {
+			p.field("", 0, r.Hint)
+		}
+	case changes(d) > 0:
+		p.line("Apply with: hotpatch install %s", clean(d.Release))
+	}
 }
 
 func functions(i control.PlannedImage) string {
@@ -70,12 +99,11 @@ func (s *screen) planProcess(d *control.Plan, pid int) string {
 		p.verdict(s, good, "PLAN", fmt.Sprintf("%s: process %d has loaded nothing that it fixes. Nothing would be done.", releaseName(d.Release, d.Sequence), pid))
 		return p.String()
 	}
-	refused, useful := false, false
+	refused := false
 	for _, x := range d.Processes {
 		for _, i := range x.Images {
 			s.planHead(p, d, x, i)
 			s.planFacts(p, x, i)
-			useful = useful || isWell(i.State) && len(i.Functions) > 0
 			if i.Refused != nil {
 				refused = true
 				p.blank()
@@ -85,10 +113,8 @@ func (s *screen) planProcess(d *control.Plan, pid int) string {
 			s.sites(p, i)
 		}
 	}
-	switch {
-	case useful:
-		p.line("Apply with: hotpatch install %s", clean(d.Release))
-	case refused:
+	p.applyWith(d)
+	if refused && changes(d) == 0 {
 		p.line("What can be done about it: hotpatch processes --pid %d", pid)
 	}
 	return p.String()

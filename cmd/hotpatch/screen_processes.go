@@ -263,7 +263,7 @@ func (s *screen) image(p *page, i control.Image, now control.Time) {
 	if i.PauseUS > 0 {
 		stop = pause(i.PauseUS)
 	}
-	for _, f := range [][2]string{{"release", release}, {"why", why}, {"detail", i.Detail}, {"to do", remedies[i.Remedy]}, {"pause", stop}, {"file", i.Path}} {
+	for _, f := range [][2]string{{"release", release}, {"why", why}, {"detail", i.Detail}, {"to do", ends(i)}, {"pause", stop}, {"file", i.Path}} {
 		if f[1] != "" {
 			p.field("  "+f[0], 12, f[1])
 		}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"hotpatchd/agent/control"
 )
@@ -107,18 +108,7 @@ func (s *screen) sentence(st *control.Status) (colour, text string) {
 	case control.BaselineRequired:
 		return fair, "The releases offered need a newer baseline, which takes one restart." + openPart(open, c.Images)
 	case control.Held:
-		var cves []string
-		for _, h := range st.Holds {
-			cves = append(cves, h.CVEs...)
-		}
-		text := "A release is held on this device."
-		if len(st.Holds) > 0 {
-			text = fmt.Sprintf("%s is held on this device.", st.Holds[0].ID)
-		}
-		if len(cves) > 0 {
-			text += " Open: " + strings.Join(cves, " ") + "."
-		}
-		return fair, text
+		return fair, heldSentence(st)
 	case control.RestartRequired:
 		return fair, "Only a restart of the device ends what is open; hotpatchd does not do that by itself." + openPart(open, c.Images)
 	case control.Incomplete:
@@ -142,6 +132,25 @@ func (s *screen) sentence(st *control.Status) (colour, text string) {
 		return good, text
 	}
 	return "", "This daemon knows a state that this command does not know; it may be older."
+}
+
+// heldSentence names the releases that a hold alone keeps out, and what is open because of it.
+func heldSentence(st *control.Status) string {
+	var ids, cves []string
+	for _, h := range st.Holds {
+		if h.Decisive {
+			ids, cves = append(ids, h.ID), append(cves, h.CVEs...)
+		}
+	}
+	text := "A release is held on this device."
+	if len(ids) > 0 {
+		text = fmt.Sprintf("%s %s held on this device.", strings.Join(ids, " and "), verb(len(ids), "is", "are"))
+	}
+	slices.Sort(cves)
+	if cves = slices.Compact(cves); len(cves) > 0 {
+		text += " Open: " + strings.Join(cves, " ") + "."
+	}
+	return text
 }
 
 func verb(n int, one, several string) string {
@@ -218,8 +227,12 @@ func (s *screen) why(i control.Image, now control.Time) string {
 	if text == "" {
 		text = i.ReasonCode
 	}
-	if !i.Since.IsZero() && i.State != control.Blocked && i.State != control.OtherBuild {
-		text += ", for " + age(i.Since, now)
+	switch i.State {
+	case control.Blocked, control.OtherBuild, control.Unpatched: // a decision, not a time that passes
+	default:
+		if !i.Since.IsZero() {
+			text += ", for " + age(i.Since, now)
+		}
 	}
 	switch {
 	case i.Attempts > 1:
@@ -256,7 +269,7 @@ func (s *screen) held(h control.Hold, now control.Time) string {
 		text += ": " + h.Reason
 	}
 	if len(h.CVEs) > 0 {
-		text += "; open again: " + strings.Join(h.CVEs, " ")
+		text += "; open because of it: " + strings.Join(h.CVEs, " ")
 	}
 	return text
 }
@@ -308,8 +321,20 @@ func (s *screen) repository(p *page, st *control.Status) {
 	}
 	p.field("Repository", statusColumn, text)
 	if r.Error != nil {
-		p.field("", statusColumn, fmt.Sprintf("for %s: %s", age(r.Error.Since, st.Generated), r.Error.Text))
+		text := r.Error.Text
+		if !r.Error.Since.IsZero() {
+			text = fmt.Sprintf("failing since %s%s: %s", s.date(r.Error.Since, st.Generated), agoIn(r.Error.Since, st.Generated), text)
+		}
+		p.field("", statusColumn, text)
 	}
+}
+
+// agoIn is how long ago in parentheses, "" for what was just now.
+func agoIn(t, now control.Time) string {
+	if now.Sub(t.Time) < time.Second {
+		return ""
+	}
+	return " (" + age(t, now) + ")"
 }
 
 func (s *screen) next(st *control.Status) string {

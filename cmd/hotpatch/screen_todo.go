@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"hotpatchd/agent/control"
@@ -13,20 +14,29 @@ var remedies = map[control.Remedy]string{
 	control.RemedyRestartProcess: "restart the process",
 	control.RemedyRestartDevice:  "restart the device",
 	control.RemedyBaseline:       "install the baseline, with one restart",
-	control.RemedyPolicy:         "change the policy, or accept it until the next baseline",
+	control.RemedyPolicy:         "change the policy, or accept it as it is",
 	control.RemedyAuthor:         "ask the author of the release for one that fits",
+}
+
+// ends is what ends an open image: the daemon's own words where it has any.
+func ends(i control.Image) string {
+	if i.ToDo != "" {
+		return i.ToDo
+	}
+	return remedies[i.Remedy]
 }
 
 // toDo are the last lines: what ends what is open, and the next command.
 func (s *screen) toDo(p *page, st *control.Status, rows []exception) {
-	var cells [][]string
-	for _, r := range rows[:min(len(rows), maxListed)] {
-		if text := remedies[r.image.Remedy]; text != "" {
-			cells = append(cells, []string{fmt.Sprintf("%s %d", program(r.process.Exe), r.process.PID), text})
-		}
-	}
+	cells := endings(rows)
 	for _, a := range st.Attention {
-		if a.Code == "torn" || a.Code == "repository" { // said above already
+		switch {
+		case a.Code == "torn", a.Code == "repository", slices.Contains(control.ImageStates, control.ImageState(a.Code)):
+			continue // said above already
+		case a.Code == "held":
+			if !slices.ContainsFunc(cells, func(c []string) bool { return c[1] == a.Remedy }) {
+				cells = append(cells, []string{"", a.Remedy})
+			}
 			continue
 		}
 		text := a.Text
@@ -38,7 +48,9 @@ func (s *screen) toDo(p *page, st *control.Status, rows []exception) {
 		cells = append(cells, []string{a.Severity, text})
 	}
 	for _, cmd := range nextCommands(st) {
-		cells = append(cells, []string{"", cmd})
+		if !slices.ContainsFunc(cells, func(c []string) bool { return strings.HasPrefix(c[1], cmd) }) {
+			cells = append(cells, []string{"", cmd})
+		}
 	}
 	if len(cells) == 0 {
 		return
@@ -51,7 +63,7 @@ func (s *screen) toDo(p *page, st *control.Status, rows []exception) {
 		}
 		head := pad(label, statusColumn)
 		if c[0] == "" {
-			p.line("%s%s", head, clean(c[1]))
+			p.field(strings.TrimRight(head, " "), statusColumn, c[1])
 			continue
 		}
 		name := pad(shorten(clean(c[0]), 24), 17) + " "
@@ -64,14 +76,29 @@ func (s *screen) toDo(p *page, st *control.Status, rows []exception) {
 	}
 }
 
+// endings are what ends each open image, one line for all that it ends.
+func endings(rows []exception) (cells [][]string) {
+	count := map[string]int{}
+	for _, r := range rows {
+		text := ends(r.image)
+		if count[text]++; text != "" && count[text] == 1 {
+			cells = append(cells, []string{fmt.Sprintf("%s %d", program(r.process.Exe), r.process.PID), text})
+		}
+	}
+	for _, c := range cells {
+		if n := count[c[1]]; n > 1 {
+			c[0] = many(n, "image")
+		}
+	}
+	return cells
+}
+
 // nextCommands are the commands to copy.
 func nextCommands(st *control.Status) (out []string) {
 	if !st.Eligible {
 		out = append(out, "hotpatch eligibility")
 	}
 	switch {
-	case st.State == control.Held && len(st.Holds) > 0:
-		out = append(out, "hotpatch install "+st.Holds[0].ID)
 	case st.State == control.Unknown && st.Repository.LastCheck.IsZero():
 		out = append(out, "hotpatch check")
 	case st.State == control.Unknown:

@@ -43,9 +43,25 @@ func screens() map[string]string {
 	held := wellStatus()
 	held.State, held.Releases, held.Release = control.Held, nil, nil
 	held.Coverage = coverage(map[control.ImageState]int{control.Unpatched: 41}, 38)
-	held.Holds = []control.Hold{{ID: "ACME-2026-11", By: "alice", Since: ago(time.Hour), Reason: "it eats memory", CVEs: []string{"CVE-2026-10142"}}}
+	held.Holds = []control.Hold{
+		{ID: "ACME-2026-10", By: "alice", Since: ago(2 * time.Hour), Reason: "rolled back"}, // older: not what the state tells of
+		{ID: "ACME-2026-11", By: "alice", Since: ago(time.Hour), Reason: "it eats memory", CVEs: []string{"CVE-2026-10142"}, Decisive: true},
+		{ID: "OTHER-1", By: "policy", CVEs: []string{"CVE-2026-10142", "CVE-2026-7"}, Decisive: true}}
+	held.Attention = []control.Attention{
+		{Code: "held", Severity: control.SeverityWarning, Text: "ACME-2026-11 is held on this device", Remedy: "hotpatch install ACME-2026-11 lifts the hold"},
+		{Code: "held", Severity: control.SeverityWarning, Text: "OTHER-1 is held on this device", Remedy: "the owner of the policy decides: take it out of hold in /etc/hotpatchd/policy.toml"},
+		{Code: "unpatched", Severity: control.SeverityWarning, Text: "41 images in 38 processes are unpatched", Remedy: "policy"}}
 	held.Paused = true
 	all["status-held"] = s.status(held, nil)
+	manual, waits := wellStatus(), openProcesses()
+	manual.State, manual.Mode, manual.Releases, manual.Release = control.Incomplete, "manual", nil, nil
+	manual.Coverage = coverage(map[control.ImageState]int{control.Unpatched: 2}, 2)
+	for i := range waits.Processes {
+		im := &waits.Processes[i].Images[0]
+		im.State, im.ReasonCode, im.Reason, im.Remedy, im.Attempts = control.Unpatched, "manual", `the policy says mode = "manual"`, control.RemedyPolicy, 0
+		im.ToDo, im.Since = "hotpatch install ACME-2026-11", ago(2*time.Second)
+	}
+	all["status-manual"] = s.status(manual, waits)
 	tornP := openProcesses()
 	tornP.Processes[0].Images[0].State, tornP.Processes[0].Images[0].Remedy = control.Torn, control.RemedyRestartProcess
 	tornS := openStatus()
@@ -66,6 +82,12 @@ func screens() map[string]string {
 	all["eligibility-no"] = s.eligibility(eligibilityDoc(), false)
 	all["eligibility-yes"] = s.eligibility(eligibleDoc(), true)
 	all["list"] = s.offers(offersDoc())
+	notHere := offersDoc()
+	notHere.Eligible = false
+	all["list-ineligible"] = s.offers(notHere)
+	onlyHeld := offersDoc()
+	onlyHeld.Releases = onlyHeld.Releases[3:]
+	all["list-held"] = s.offers(onlyHeld)
 	all["list-empty"] = s.offers(&control.Offers{})
 
 	all["processes"] = s.processes(manyProcesses(), control.ProcessQuery{}, false)
@@ -81,6 +103,16 @@ func screens() map[string]string {
 	all["plan-pid-blocked"] = s.plan(planOf(1), 880)
 	all["plan-pid-other-build"] = s.plan(planOf(2), 30112)
 	all["plan-pid-refused"] = s.plan(refusedPlan(), 2216)
+	done := planDoc()
+	for i := range done.Processes {
+		im := &done.Processes[i].Images[0]
+		im.State, im.ReasonCode, im.Reason, im.Functions = control.Patched, "in-force", "ACME-2026-11 is in force already", nil
+	}
+	done.Coverage = coverage(map[control.ImageState]int{control.Patched: 3}, 3)
+	all["plan-done"] = s.plan(done, 0)
+	wontDo := planDoc()
+	wontDo.Refused = &control.Refusal{Code: "not-eligible", Text: "the device is not eligible: vbs", Hint: "hotpatch eligibility says what to do"}
+	all["plan-ineligible"] = s.plan(wontDo, 0)
 	all["plan-nothing"] = s.plan(&control.Plan{Release: "ACME-2026-11", Sequence: 2}, 0)
 	all["plan-pid-nothing"] = s.plan(&control.Plan{Release: "ACME-2026-11", Sequence: 2}, 7)
 
@@ -95,6 +127,13 @@ func screens() map[string]string {
 	all["rollback-to-nothing"] = s.change(gone)
 	all["rollback-incomplete"] = s.change(change("rollback", true, control.Busy, control.Unpatched))
 	all["rollback-already"] = s.change(change("rollback", false))
+	notIn := change("rollback", true, control.Patched)
+	notIn.Release, notIn.Sequence, notIn.Previous = "ACME-2026-10", 1, "ACME-2026-11"
+	notIn.Text = "ACME-2026-10 is not in force here, so that nothing is taken out; it is held from now on. In force stays ACME-2026-11"
+	all["rollback-not-in-force"] = s.change(notIn)
+	out := change("hold", true, control.Unpatched)
+	out.Text, out.Reopened = "ACME-2026-11 was in force and is taken out, no release of this product is in force now. It is held until: hotpatch release-hold ACME-2026-11", []string{"CVE-2026-10142"}
+	all["hold-in-force"] = s.change(out)
 	paused := change("pause", true)
 	paused.Text = "paused: nothing new is applied, what is applied stays"
 	all["pause"] = s.change(paused)

@@ -1,0 +1,224 @@
+package agent
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"hotpatchd/agent/control"
+)
+
+// expirySoon is when the end of the metadata becomes something to act on.
+const expirySoon = 3 * 24 * time.Hour
+
+// attention lists what a person should know or do, worst first.
+func (a *Agent) attention(v View, s *snapshot, holds []control.Hold) []control.Attention {
+	out := slices.Clone(a.notices)
+	add := func(code, severity, text, remedy string, since control.Time, scope control.Scope) {
+		out = append(out, control.Attention{Code: code, Severity: severity, Text: text, Remedy: remedy, Since: since, Scope: scope})
+	}
+	public := control.Scope{Public: true}
+	now := control.At(v.Now)
+	for _, p := range s.processes.Processes {
+		for _, im := range p.Images {
+			if im.State == control.Torn {
+				add("torn", control.SeverityError, fmt.Sprintf("%s in %s %d could not be written back: restart that process", im.Name, p.Exe, p.PID),
+					string(control.RemedyRestartProcess), im.Since, control.Scope{OfUser: true, UID: p.UID})
+			}
+		}
+	}
+	a.recMu.Lock()
+	broken, since := a.stateErr, a.stateSince
+	a.recMu.Unlock()
+	if broken != nil {
+		add("state", control.SeverityError, "the state cannot be written: nothing is begun without it", "make room in "+a.o.Config.StateDir, control.At(since), public)
+	}
+	if a.policyErr != nil {
+		text := "the policy was refused, the last good one stays in force"
+		if a.policy == nil {
+			text = "the policy was refused, and there was none before: the device is not enrolled"
+		}
+		add("policy", control.SeverityError, text, "mend "+a.o.Config.Policy.File+" (hotpatchd check-config shows the place)", now, public)
+	}
+	if a.repoErr != nil {
+		add("repository", control.SeverityWarning, "repository: "+a.repoErr.Text, "applied fixes stay; it is tried again by itself", a.repoErr.Since, public)
+	}
+	if !a.expires.IsZero() && v.Now.After(a.expires) {
+		add("expired", control.SeverityWarning, fmt.Sprintf("the repository's metadata ended %s: nothing new is applied", a.expires.UTC().Format(time.RFC3339)), "the publisher has to sign it anew; or this clock is ahead", control.At(a.expires), public)
+	} else if !a.expires.IsZero() && a.expires.Sub(v.Now) < expirySoon && a.repoErr != nil {
+		add("expires-soon", control.SeverityWarning, fmt.Sprintf("the repository's metadata ends %s", a.expires.UTC().Format(time.RFC3339)), "mend the connection to the repository", now, public)
+	}
+	if a.denied > 0 {
+		add("not-looked-into", control.SeverityWarning, fmt.Sprintf("processes that could not be looked into, because the system refuses access: %d", a.denied), "the backend may reach: "+a.freeze, now, public)
+	}
+	if a.scanErr != nil {
+		add("scan", control.SeverityError, "the processes cannot be listed", "see the log", now, public)
+	}
+	for _, product := range slices.Sorted(maps.Keys(v.Choices)) {
+		switch c := v.Choices[product]; {
+		case c.Why.Code == "rollback":
+			add("rollback", control.SeverityWarning, c.Latest.ID+": "+c.Why.Text, "hotpatch install "+c.Latest.ID, now, public)
+		case c.Want != nil && blocks[c.Why.Code]:
+			// What an older sequence fixes is fixed; the rest has no row to say so.
+			add(c.Why.Code, control.SeverityWarning, fmt.Sprintf("%s cannot be used here, %s is: %s", c.Latest.ID, c.Want.ID, c.Why.Text), string(remedyFor(c.Why)), now, public)
+		}
+	}
+	for _, h := range holds {
+		if h.Decisive {
+			since := h.Since
+			if since.IsZero() { // the policy's: since it was first seen
+				since = now
+			}
+			add("held", control.SeverityWarning, heldText(h), a.liftHold(h.ID), since, public)
+			out[len(out)-1].Product = h.Product
+		}
+	}
+	for _, o := range openStates(s.processes) {
+		add(string(o.state), o.severity(), o.text(), string(o.remedy), now, public)
+	}
+	// What was said before stands since then.
+	if old := a.shown.Load(); old != nil {
+		for i := range out {
+			for _, was := range old.status.Attention {
+				same := was.Text == out[i].Text || slices.Contains(control.ImageStates, control.ImageState(was.Code)) // a count may change
+				if was.Code == out[i].Code && same && was.Since.Before(out[i].Since.Time) {
+					out[i].Since = was.Since
+				}
+			}
+		}
+	}
+	for i := range out {
+		if out[i].Remedy == "" {
+			out[i].Remedy = "none"
+		}
+	}
+	rank := map[string]int{control.SeverityError: 0, control.SeverityWarning: 1, control.SeverityInfo: 2}
+	slices.SortStableFunc(out, func(x, y control.Attention) int { return cmp.Compare(rank[x.Severity], rank[y.Severity]) })
+	return out
+}
+
+// heldText says what a hold costs, not who set it: everybody may read it.
+func heldText(h control.Hold) string {
+	text := h.ID + " is held on this device"
+	if len(h.CVEs) > 0 {
+		text += "; open because of it: " + strings.Join(h.CVEs, " ")
+	}
+	return text
+}
+
+// liftHold is what ends a hold.
+func (a *Agent) liftHold(id string) string {
+	if a.policy != nil && a.policy.Held(id) {
+		return "the owner of the policy decides: take it out of hold in " + a.o.Config.Policy.File
+	}
+	return "hotpatch install " + id + " lifts the hold"
+}
+
+// toDo is what a person can do about an image, where more can be said of it than
+// its remedy does; "" elsewhere.
+func (a *Agent) toDo(in Intent) string {
+	id := ""
+	if in.Offer != nil {
+		id = in.Offer.ID
+	}
+	switch in.Reason.Code {
+	case "held":
+		if in.State == control.Unpatched {
+			return a.liftHold(id)
+		}
+	case "manual", "rollback":
+		return "hotpatch install " + id
+	case "not-before", "ring", "hours":
+		return "nothing: it comes by itself; now: hotpatch install " + id
+	case "expired":
+		return "hotpatch check; the publisher has to sign the metadata anew, or this clock is ahead"
+	case "halted":
+		return "nothing: its publisher decides"
+	case "paused":
+		if a.policy != nil && a.policy.Pause {
+			return "set pause = false in " + a.o.Config.Policy.File
+		}
+		return "hotpatch resume"
+	case "not-eligible":
+		return "hotpatch eligibility says what to do"
+	case "out-of-scope":
+		return "widen [repository] products or images in the configuration, then restart the daemon"
+	case "denied":
+		if in.Try != nil { // the system's word, not the policy's
+			return deniedToDo
+		}
+		return "change deny in " + a.o.Config.Policy.File + ", or leave it so"
+	}
+	return ""
+}
+
+// deniedToDo is for processes that the system does not let us into.
+const deniedToDo = "let the daemon reach it: hotpatch eligibility, check rights"
+
+// openState counts the images of one state that is not well.
+type openState struct {
+	state     control.ImageState
+	images    int
+	processes int
+	remedy    control.Remedy // the first one's; "" if they differ
+}
+
+// openStates counts what is not well, worst first: a document of counts says it
+// to everybody, the rows say which. Torn images are told one by one.
+func openStates(d control.Processes) []openState {
+	var out []openState
+	for _, state := range control.ImageStates {
+		o := openState{state: state}
+		for _, p := range d.Processes {
+			before := o.images
+			for _, im := range p.Images {
+				if im.State != state {
+					continue
+				}
+				switch o.images++; {
+				case o.images == 1:
+					o.remedy = im.Remedy
+				case o.remedy != im.Remedy:
+					o.remedy = control.RemedyNone
+				}
+			}
+			if o.images > before {
+				o.processes++
+			}
+		}
+		well := state == control.Patched || state == control.Fixed || state == control.PendingImage || state == control.Torn
+		if o.images > 0 && !well {
+			out = append(out, o)
+		}
+	}
+	return out
+}
+
+func (o openState) severity() string {
+	switch o.state {
+	case control.Failed, control.Drifted:
+		return control.SeverityError
+	case control.OtherBuild:
+		return control.SeverityInfo
+	}
+	return control.SeverityWarning
+}
+
+func (o openState) text() string {
+	verb := "are"
+	if o.images == 1 {
+		verb = "is"
+	}
+	return fmt.Sprintf("%s in %s %s %s", counted(o.images, "image", "images"), counted(o.processes, "process", "processes"), verb, o.state)
+}
+
+// counted is "1 image" or "2 images".
+func counted(n int, one, several string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return fmt.Sprintf("%d %s", n, several)
+}
