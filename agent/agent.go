@@ -134,7 +134,10 @@ func New(o Options) (*Agent, error) {
 		procs: map[target.ID]*procState{}, rows: map[rowKey]row{}, checked: map[string]time.Time{}, records: map[string]patcher.Record{}, dirty: true,
 	}
 	if damage != nil {
-		a.notice("state-damaged", control.SeverityWarning, damage.String()+"; patches in memory are adopted, but holds, pause and installs of the operator may be lost: see hotpatch list", damage.Err.Error())
+		if damage.Moved == "" || damage.Word { // else attention says it, until the operator has looked
+			a.notice("state-damaged", control.SeverityWarning, damage.String()+"; patches in memory are adopted", damage.Err.Error())
+		}
+		a.log.Error("the state was damaged", zap.String("text", damage.String()), zap.Bool("holds kept", damage.Word))
 		a.history(own, control.HistoryEntry{Action: "state-damaged", Text: damage.String()})
 	}
 	if err := a.readState(); err != nil {

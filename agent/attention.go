@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"hotpatchd/agent/control"
+	"hotpatchd/agent/store"
 )
 
 // expirySoon is when the end of the metadata becomes something to act on.
@@ -35,6 +36,13 @@ func (a *Agent) attention(v View, s *snapshot, holds []control.Hold) []control.A
 	a.recMu.Unlock()
 	if broken != nil {
 		add("state", control.SeverityError, "the state cannot be written: nothing is begun without it", "make room in "+a.o.Config.StateDir, control.At(since), public)
+	}
+	if v.Lost.Code != "" {
+		a.store.View(func(tx *store.Tx) error {
+			why, _ := tx.Lost()
+			add("state-damaged", control.SeverityError, "holds, installs and pause of the operator may be lost, so that nothing new is applied; what is patched stays. "+why, lostToDo, now, public)
+			return nil
+		})
 	}
 	if a.policyErr != nil {
 		text := "the policy was refused, the last good one stays in force"
@@ -120,6 +128,9 @@ func (a *Agent) liftHold(id string) string {
 // toDo is what a person can do about an image, where more can be said of it than
 // its remedy does; "" elsewhere.
 func (a *Agent) toDo(in Intent) string {
+	if !in.State.Open() {
+		return ""
+	}
 	id := ""
 	if in.Offer != nil {
 		id = in.Offer.ID
@@ -142,6 +153,8 @@ func (a *Agent) toDo(in Intent) string {
 			return "set pause = false in " + a.o.Config.Policy.File
 		}
 		return "hotpatch resume"
+	case "state-lost":
+		return lostToDo
 	case "not-eligible":
 		return "hotpatch eligibility says what to do"
 	case "out-of-scope":
@@ -154,6 +167,9 @@ func (a *Agent) toDo(in Intent) string {
 	}
 	return ""
 }
+
+// lostToDo is what ends the wait after a damage of the state.
+const lostToDo = "hotpatch list: hold what must stay out, then hotpatch resume; or hotpatch install ID for one release"
 
 // deniedToDo is for processes that the system does not let us into.
 const deniedToDo = "let the daemon reach it: hotpatch eligibility, check rights"

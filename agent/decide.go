@@ -17,10 +17,12 @@ import (
 type View struct {
 	Now      time.Time
 	Eligible bool
-	Fails    []string // checks that stand in the way
-	Paused   reason   // Code "" = not paused
-	Closed   bool     // outside the policy's hours
-	Forced   string   // product whose release an operator asked for just now: hours do not matter
+	Fails    []string        // checks that stand in the way
+	Paused   reason          // Code "" = not paused
+	Lost     reason          // Code "" = the operator's word is whole; else it went with a damaged state
+	Chosen   map[string]bool // releases that the operator asked for: a loss does not hold them back
+	Closed   bool            // outside the policy's hours
+	Forced   string          // product whose release an operator asked for just now: hours do not matter
 	Choices  map[string]choice
 	Scope    func(product string) bool           // products that concern this installation
 	Word     func(release string) (reason, bool) // somebody's word takes this release out
@@ -233,7 +235,9 @@ func takeOut(v View, in Intent, rec patcher.Record, want *repository.Offer, same
 			refused = v.Now.Sub(t.Since) > takeOutWithin
 		}
 	}
-	if want == nil || !same || refused {
+	// A hold on the release before may be among what was lost.
+	unsure := want != nil && v.Lost.Code != "" && !v.Chosen[want.ID]
+	if want == nil || !same || refused || unsure {
 		return in.do(v, DoUndo)
 	}
 	if want.Sequence > rec.Sequence { // not back but on: that is new work
@@ -247,16 +251,28 @@ func takeOut(v View, in Intent, rec patcher.Record, want *repository.Offer, same
 	return in.do(v, DoApply)
 }
 
+// stopped tells what stops all new work with a release.
+func (v View) stopped(release string) (reason, bool) {
+	switch {
+	case v.Paused.Code != "":
+		return v.Paused, true
+	case v.Lost.Code != "" && !v.Chosen[release]:
+		return v.Lost, true
+	}
+	return reason{}, false
+}
+
 // gate tells what holds back new work on an image. The intent comes in with
 // the state that the image keeps meanwhile.
 func (v View) gate(in Intent) (Intent, bool) {
 	info, im := in.Proc.Info, in.Image
 	denied, isDenied := v.Deny(info, im.Name, im.Path)
+	stop, isStopped := v.stopped(in.Offer.ID)
 	switch {
 	case !v.InScope(im.Name):
 		in.State, in.Reason, in.Remedy = control.Blocked, because("out-of-scope", "%s is outside [repository] images", im.Name), control.RemedyPolicy
-	case v.Paused.Code != "":
-		in.Reason, in.Remedy = v.Paused, control.RemedyPolicy
+	case isStopped:
+		in.Reason, in.Remedy = stop, control.RemedyPolicy
 	case !v.Eligible:
 		in.Reason, in.Remedy = because("not-eligible", "the device is not eligible: %s", strings.Join(v.Fails, ", ")), control.RemedyPolicy
 	case isDenied:

@@ -99,6 +99,16 @@ func TestDecide(t *testing.T) {
 		}, DoUndo, "", control.PendingImage, "held"},
 		{"taken out, not offered any more", func(v *View) { v.has("R1", 1, patcher.Applied); v.Word = word("R1") }, DoUndo, "", control.PendingImage, "held"},
 		{"taken out, back", func(v *View) { v.wants(r1); v.has("R2", 2, patcher.Applied); v.Word = word("R2") }, DoApply, "R1", control.PendingImage, "held"},
+		{"a new process, the operator's word is lost", func(v *View) { v.wants(r1); v.Lost = because("state-lost", "") }, DoNothing, "", control.Unpatched, "state-lost"},
+		{"a new process, asked for since", func(v *View) {
+			v.wants(r1)
+			v.Lost, v.Chosen = because("state-lost", ""), map[string]bool{"R1": true}
+		}, DoApply, "R1", control.PendingImage, ""},
+		{"taken out, the one before may have been held", func(v *View) {
+			v.wants(r1)
+			v.has("R2", 2, patcher.Applied)
+			v.Word, v.Lost = word("R2"), because("state-lost", "")
+		}, DoUndo, "", control.PendingImage, "held"},
 		{"taken out, back, paused and closed and denied and not eligible", func(v *View) {
 			v.wants(r1)
 			v.has("R2", 2, patcher.Applied)

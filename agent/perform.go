@@ -134,6 +134,7 @@ func (a *Agent) comeIntoForce(ctx context.Context, v View, w wishes, work []Inte
 		}
 		// Pause and eligibility hold back what is new, not the way back.
 		gated := o != nil && (!v.Eligible || v.Paused.Code != "") && taken[product] <= o.Sequence
+		gated = gated || o != nil && v.Lost.Code != "" && !v.Chosen[o.ID]
 		switch {
 		case o == nil || gated:
 			if out {

@@ -61,7 +61,7 @@ func init() {
 		"config": (*script).doConfig, // [products=] [images=]
 		"hours":  (*script).doHours,  // open | closed: HOURS in policy.toml
 		"delete": func(s *script, w []string) error { return os.Remove(filepath.Join(s.cfg.StateDir, arg(w, 0))) },
-		"damage": (*script).doDamage, // FILE of the state folder
+		"damage": (*script).doDamage, // FILE of the state folder [freelist]
 		"pass":   (*script).doPass,   // one whole turn of the loop
 
 		// The operator.
@@ -187,15 +187,22 @@ func (s *script) doConfig(words []string) error {
 	return err
 }
 
-// doDamage overwrites the middle of a file.
+// doDamage overwrites a file; or only the lists of free pages of a state file,
+// which leaves all that it says readable.
 func (s *script) doDamage(words []string) error {
 	path := filepath.Join(s.cfg.StateDir, arg(words, 0))
 	b, err := os.ReadFile(path)
 	if err != nil {
 		return err
 	}
+	page, freelist := os.Getpagesize(), arg(words, 1) == "freelist"
 	for i := range b {
-		b[i] ^= 0x5a
+		switch at := i % page; {
+		case !freelist:
+			b[i] ^= 0x5a
+		case at == 8 && b[i] == 0x10: // the flags of a page of bolt
+			b[i] = 0x33
+		}
 	}
 	return os.WriteFile(path, b, 0o600)
 }

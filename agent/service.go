@@ -593,19 +593,32 @@ func (a *Agent) setPaused(ctx context.Context, c control.Caller, paused bool) (*
 	action := map[bool]string{true: "pause", false: "resume"}[paused]
 	return a.simple(ctx, action, "", func() (bool, string, error) {
 		changed := false
+		note := ""
 		err := a.update(func(tx *store.Tx) error {
-			if changed = tx.Paused() != paused; !changed {
+			_, lost := tx.Lost()
+			accept := lost && !paused // the operator has looked at what the damage may have cost
+			if changed = tx.Paused() != paused || accept; !changed {
 				return nil
+			}
+			if accept {
+				note = "the loss of the damaged state is accepted"
+				if err := tx.AcceptLoss(); err != nil {
+					return err
+				}
 			}
 			if err := tx.SetPaused(paused); err != nil {
 				return err
 			}
-			_, err := tx.Append(stamped(control.HistoryEntry{Action: action}, c, a))
+			_, err := tx.Append(stamped(control.HistoryEntry{Action: action, Text: note}, c, a))
 			return err
 		})
 		text := map[bool]string{true: "paused: nothing new is applied, what is applied stays", false: "resumed"}[paused]
 		if !paused && a.policy != nil && a.policy.Pause {
 			text = "the policy still says pause"
+		}
+		if note != "" && err == nil {
+			text += "; " + note
+			a.notices = slices.DeleteFunc(a.notices, func(n control.Attention) bool { return n.Code == "state-damaged" })
 		}
 		return changed, text, err
 	})

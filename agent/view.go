@@ -237,7 +237,7 @@ func (a *Agent) view(forced string) (View, wishes) {
 		},
 		Deny: a.deniedByPolicy,
 	}
-	v.Paused = a.paused()
+	v.Paused, v.Lost, v.Chosen = a.paused(), a.lost(), w.Installed
 	for _, p := range a.procs {
 		proc := Proc{Info: p.info, Err: p.err}
 		for _, im := range p.images {
@@ -278,6 +278,19 @@ func (a *Agent) paused() reason {
 		return because("paused", "paused by the policy")
 	}
 	return reason{}
+}
+
+// lost tells whether holds and pause went with a damaged state, and the operator
+// has not said yet how to go on. What he took out could come back: nothing new
+// is done meanwhile but what he asks for.
+func (a *Agent) lost() (r reason) {
+	a.store.View(func(tx *store.Tx) error {
+		if _, lost := tx.Lost(); lost {
+			r = because("state-lost", "the state was damaged, and holds may be lost with it: nothing new is applied until somebody has looked")
+		}
+		return nil
+	})
+	return r
 }
 
 // wishes gathers holds, installs, what is in force and the floors.

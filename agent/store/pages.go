@@ -41,6 +41,9 @@ type pages struct {
 	size uint64 // of a page
 	high uint64 // pages from here on do not belong to the file
 	seen map[uint64]bool
+	// entry, if not nil, is told of every entry; where it answers false, the
+	// bucket that an entry is is not looked into.
+	entry func(key, value []byte, bucket bool) bool
 }
 
 type boltMeta struct{ pageSize, root, freelist, high, txid uint64 }
@@ -53,14 +56,22 @@ func checkPages(r io.ReaderAt, fileSize int64) (both bool, err error) {
 	if err != nil {
 		return both, err
 	}
-	if m.high < 3 || m.high > uint64(fileSize)/m.pageSize {
-		return both, fmt.Errorf("%d pages of %d bytes do not fit a file of %d bytes", m.high, m.pageSize, fileSize)
+	if err := m.fits(fileSize); err != nil {
+		return both, err
 	}
 	c := &pages{r: r, size: m.pageSize, high: m.high, seen: map[uint64]bool{}}
 	if err := c.tree(m.root, nil, nil, 0); err != nil {
 		return both, err
 	}
 	return both, c.freelist(m.freelist)
+}
+
+// fits tells whether the file is as long as its head says.
+func (m boltMeta) fits(fileSize int64) error {
+	if m.high < 3 || m.high > uint64(fileSize)/m.pageSize {
+		return fmt.Errorf("%d pages of %d bytes do not fit a file of %d bytes", m.high, m.pageSize, fileSize)
+	}
+	return nil
 }
 
 // newestMeta finds the state that bolt will use: of the two in the first two
@@ -211,6 +222,9 @@ func (c *pages) leaf(id uint64, count uint16, b, low, high []byte, depth int) er
 			return fmt.Errorf("page %d: entry %d is out of order", id, i)
 		}
 		last = k
+		if c.entry != nil && !c.entry(k, v, flags == leafBucket) && flags == leafBucket {
+			continue
+		}
 		switch flags {
 		case 0:
 		case leafBucket:

@@ -8,7 +8,8 @@
 //
 // Memory is the truth about a process, the store a note about it: a damaged
 // file is set aside, never repaired and never deleted, and the agent finds its way
-// by reading the processes again.
+// by reading the processes again. The operator's word is nowhere else: of it all
+// that can be read is taken over, and where that is not all, Tx.Lost says so.
 //
 // The package does not log and does not read the clock. A Store may be shared
 // between goroutines; a Tx belongs to the function it was given to.
@@ -60,13 +61,15 @@ type Damage struct {
 	Path  string // where the file was expected
 	Moved string // where it is now
 	Err   error  // what was wrong with it
+	Kept  string // what of it is in the new file, in words
+	Word  bool   // all of the operator's word is: holds and pause. If not, Tx.Lost says so until AcceptLoss
 }
 
 func (d *Damage) String() string {
 	if d.Moved == "" {
 		return fmt.Sprintf("state %s was damaged (%v); its last change may be lost", d.Path, d.Err)
 	}
-	return fmt.Sprintf("state %s is damaged (%v); set aside as %s, begun anew", d.Path, d.Err, d.Moved)
+	return fmt.Sprintf("state %s is damaged (%v); set aside as %s, begun anew; %s", d.Path, d.Err, d.Moved, d.Kept)
 }
 
 // Store is the open state file.
@@ -91,8 +94,8 @@ var (
 // Open opens the state file, or begins one. A folder that is missing is made;
 // it and the file are for the daemon's user only.
 //
-// A damaged file is renamed to path.damaged-N and a new one begun; Damage then
-// says so, with a nil error. So it does where one of the file's two heads was
+// A damaged file is renamed to path.damaged-N and a new one begun, with what
+// could be read of the operator's word; Damage then says so, with a nil error. So it does where one of the file's two heads was
 // damaged and the other is good. A file of a newer format is refused with ErrNewer, one that
 // is open elsewhere with ErrInUse; an error of the system (no right, no
 // space) is returned as it is and moves nothing.
@@ -110,11 +113,10 @@ func Open(path string) (*Store, *Damage, error) {
 	if !isDamage(err) {
 		return nil, nil, err
 	}
-	moved, mvErr := setAside(path)
-	if mvErr != nil {
-		return nil, nil, fmt.Errorf("state %s is damaged (%v) and cannot be set aside: %w", path, err, mvErr)
+	damage, replaced := replace(path, err)
+	if replaced != nil {
+		return nil, nil, fmt.Errorf("state %s is damaged (%v) and cannot be set aside: %w", path, err, replaced)
 	}
-	damage := &Damage{Path: path, Moved: moved, Err: err}
 	s, _, err = open(path)
 	if err != nil {
 		return nil, damage, err
@@ -271,18 +273,6 @@ func checkValues(tx *Tx) error {
 		return damaged{err}
 	}
 	return nil
-}
-
-// setAside renames a damaged file to the first free name.
-func setAside(path string) (string, error) {
-	moved := ""
-	for n := 1; n <= maxDamaged; n++ {
-		moved = fmt.Sprintf("%s.damaged-%d", path, n)
-		if _, err := os.Lstat(moved); errors.Is(err, fs.ErrNotExist) {
-			break
-		}
-	}
-	return moved, os.Rename(path, moved)
 }
 
 // Close lets go of the file.
