@@ -20,8 +20,12 @@ var (
 	sha256Pattern   = regexp.MustCompile(`^[0-9a-f]{64}$`)
 	rsdsPattern     = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}/[0-9]{1,10}$`)
 	severityPattern = regexp.MustCompile(`^[a-z-]{0,32}$`)
+	cvePattern      = regexp.MustCompile(`^CVE-[0-9]{4}-[0-9]{4,19}$`) // CVE Record Format 5, cveId
 	entryPattern    = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.+@~-]*$`)
 )
+
+// Severities are the words for severity, worst first; "" says nothing.
+var Severities = []string{"critical", "important", "moderate", "low"}
 
 // machines maps IMAGE_FILE_MACHINE_* (PE specification, machine types) to Go's words.
 var machines = map[uint16]string{0x8664: "amd64", 0xaa64: "arm64"}
@@ -97,6 +101,20 @@ func (m *Manifest) check() error {
 		return err
 	}
 	return m.checkContents()
+}
+
+// CheckLabels tells whether severity and CVEs are words that people and their
+// tools know. Reading a release does not ask: a fix is not worse for its labels.
+func (m *Manifest) CheckLabels() error {
+	if m.Severity != "" && !slices.Contains(Severities, m.Severity) {
+		return fmt.Errorf("release %s: severity is %q, not one of %s", m.ID, clip(m.Severity), strings.Join(Severities, ", "))
+	}
+	for i, s := range m.CVEs {
+		if !cvePattern.MatchString(s) {
+			return fmt.Errorf("release %s: cves[%d] is %q, not CVE-YYYY-NNNN", m.ID, i, clip(s))
+		}
+	}
+	return nil
 }
 
 func (m *Manifest) checkInfo() error {

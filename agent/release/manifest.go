@@ -59,8 +59,8 @@ type Manifest struct {
 	Baseline    string         `json:"baseline" toml:"baseline"` // "": base identities alone decide
 	Sequence    uint32         `json:"sequence" toml:"sequence"` // grows within (product, baseline); from 1 for a hotpatch
 	Title       string         `json:"title" toml:"title"`
-	Severity    string         `json:"severity" toml:"severity"`
-	CVEs        []string       `json:"cves" toml:"cves"`
+	Severity    string         `json:"severity" toml:"severity"` // one of Severities or "", see CheckLabels
+	CVEs        []string       `json:"cves" toml:"cves"`         // CVE-YYYY-NNNN
 	SupportURL  string         `json:"support_url" toml:"support_url"`
 	OSBuild     string         `json:"os_build" toml:"os_build"`
 	Requires    Requires       `json:"requires" toml:"requires"`

@@ -105,12 +105,12 @@ func (i *Image) load(dir fs.FS, n int, files map[string][]byte) (string, error) 
 	if err != nil {
 		return "", err
 	}
-	arch, stamp, err := checkImage(content)
+	t, err := readTable(content)
 	if err != nil {
 		return "", fmt.Errorf("%s: %w", source, err)
 	}
-	if i.Arch != "" && i.Arch != arch {
-		return "", fmt.Errorf("arch is %q, but %s is for %s", clip(i.Arch), source, arch)
+	if i.Arch == "" {
+		i.Arch = t.arch
 	}
 	if i.Name == "" {
 		return "", errors.New("name is missing: the file name of the base image")
@@ -124,10 +124,9 @@ func (i *Image) load(dir fs.FS, n int, files map[string][]byte) (string, error) 
 	} else if sideErr != nil && !errors.Is(sideErr, fs.ErrNotExist) {
 		return "", sideErr
 	}
-	if i.Base.TimeDateStamp != stamp {
-		return "", fmt.Errorf("base has the time stamp %d, but the table of %s is for a base with %d", i.Base.TimeDateStamp, source, stamp)
+	if err := t.agrees(i, source); err != nil {
+		return "", err
 	}
-	i.Arch = arch
 	ext := path.Ext(i.Name)
 	i.File = fmt.Sprintf("images/%s-%d%s", plainName(strings.TrimSuffix(i.Name, ext)), n+1, plainName(ext))
 	files[i.File] = content
@@ -196,28 +195,6 @@ func plainName(s string) string {
 		}
 		return '_'
 	}, s)
-}
-
-// checkImage tells the architecture of a hotpatch image, and whether its table
-// is for a base with the stamp of the identity that goes into the manifest:
-// a side file of another build would make a release that fits nowhere.
-func checkImage(content []byte) (arch string, stamp uint32, err error) {
-	image, err := pe.Parse(bytes.NewReader(content), int64(len(content)))
-	if err != nil {
-		return "", 0, err
-	}
-	arch = ArchOf(image.Machine)
-	if arch == "" {
-		return "", 0, fmt.Errorf("machine %#x: images for amd64 and arm64 can be patched", image.Machine)
-	}
-	table, err := image.HotPatch()
-	if err != nil {
-		return "", 0, err
-	}
-	if table == nil || len(table.Bases) != 1 {
-		return "", 0, errors.New("it has no hot patch table with one base: hotpatch-build image makes hotpatch images")
-	}
-	return arch, table.Bases[0].OriginalTimeDateStamp, nil
 }
 
 // normalize gives info the types it has when it is read back from JSON.

@@ -103,6 +103,21 @@ file = "out/demo-1.dll"
 	}
 }
 
+// TestFromTOMLFormat: format may be left out in TOML, the manifest has it; another is refused.
+func TestFromTOMLFormat(t *testing.T) {
+	m, files, err := FromTOML([]byte(demoTOML), demoFolder(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := Write(m, files)
+	if err != nil || !strings.Contains(string(b), `"format": "hotpatch-release/1"`) {
+		t.Errorf("no format in release.json (%v)", err)
+	}
+	if _, _, err := FromTOML([]byte("format = \"hotpatch-release/2\"\n"+demoTOML), demoFolder(t)); err == nil || !strings.Contains(err.Error(), "format is") {
+		t.Errorf("another format: %v", err)
+	}
+}
+
 func TestFromTOMLRefuses(t *testing.T) {
 	with := func(old, now string) string { return strings.Replace(demoTOML, old, now, 1) }
 	dir := demoFolder(t)
@@ -141,5 +156,53 @@ func TestFromTOMLRefuses(t *testing.T) {
 	_, _, err = FromTOML([]byte(with("out/demo-1.dll", "out/none.dll")), dir)
 	if !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the cause is lost: %v", err)
+	}
+}
+
+// TestCheckTables: a manifest that says other than the image's own table.
+func TestCheckTables(t *testing.T) {
+	for _, c := range []struct {
+		sequence uint32
+		want     string
+	}{{1, ""}, {2, "release DEMO-1: image 1 for demo.dll: the release has sequence 2, but images/demo-1.dll was made with sequence 1: set sequence = 1, or make the image anew by hotpatch-build image --sequence 2"}} {
+		m, files, err := FromTOML([]byte(demoTOML), demoFolder(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		m.Sequence = c.sequence
+		b, err := Write(m, files)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r, err := Open(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := r.CheckTables(); (err == nil) != (c.want == "") || err != nil && err.Error() != c.want {
+			t.Errorf("sequence %d: %v", c.sequence, err)
+		}
+	}
+}
+
+func TestCheckLabels(t *testing.T) {
+	for _, c := range []struct {
+		severity, cve, want string
+	}{
+		{"", "", ""},
+		{"critical", "CVE-2026-0001", ""},
+		{"low", "CVE-1999-1234567", ""},
+		{"urgent", "", `severity is "urgent", not one of critical, important, moderate, low`},
+		{"Critical", "", `severity is "Critical"`},
+		{"", "2026-0001", `cves[0] is "2026-0001", not CVE-YYYY-NNNN`},
+		{"", "CVE-2026-001", `cves[0] is "CVE-2026-001"`},
+		{"", "cve-2026-0001", `cves[0] is "cve-2026-0001"`},
+	} {
+		m := &Manifest{ID: "X", Severity: c.severity}
+		if c.cve != "" {
+			m.CVEs = []string{c.cve}
+		}
+		if err := m.CheckLabels(); (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%q %q: %v", c.severity, c.cve, err)
+		}
 	}
 }

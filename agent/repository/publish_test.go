@@ -379,3 +379,21 @@ func TestKeys(t *testing.T) {
 		t.Error("an empty folder has keys")
 	}
 }
+
+// TestOtherSequence: verify names a release whose image was made with another
+// sequence or for another base: every device would refuse it.
+func TestOtherSequence(t *testing.T) {
+	f := newFixture(t)
+	image, stamp := hotpatchImage(t, 1, 100, 0)
+	for id, b := range map[string][]byte{"ACME-3": containerOf(t, "ACME-3", 3, image, stamp), "ACME-4": containerOf(t, "ACME-4", 1, image, stamp+1)} {
+		if _, err := Publish(f.dir, f.keys, [][]byte{b}, f.options()); err != nil {
+			t.Fatal(id, err)
+		}
+	}
+	r, err := Verify(f.dir, f.now)
+	if err != nil || len(r.Releases) != 3 || r.Problems() != 2 || r.Releases[0].Problem != "" ||
+		!strings.Contains(r.Releases[1].Problem, "the release has sequence 3, but images/app-1.dll was made with sequence 1") ||
+		!strings.Contains(r.Releases[2].Problem, "time stamp") {
+		t.Errorf("%+v %v", r, err)
+	}
+}

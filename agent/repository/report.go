@@ -91,5 +91,8 @@ func verifyRelease(dir string, o Offer) error {
 	if err != nil {
 		return err
 	}
-	return o.Agrees(&r.Manifest)
+	if err := o.Agrees(&r.Manifest); err != nil {
+		return err
+	}
+	return r.CheckTables()
 }

@@ -1,9 +1,11 @@
 package repository
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"crypto/x509"
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/pem"
 	"errors"
@@ -25,17 +27,43 @@ import (
 // start is the time at which every test begins.
 var start = time.Date(2026, 11, 10, 12, 0, 0, 0, time.UTC)
 
-// container makes a release with one image of n bytes.
+// hotpatchImage is the smallest hotpatch image of the fixtures, its table
+// changed to another sequence, and n more bytes behind it.
+func hotpatchImage(t testing.TB, sequence uint32, n, seed int) (image []byte, stamp uint32) {
+	t.Helper()
+	image, err := os.ReadFile("../../testdata/fixtures/demo-clang/demo-1.dll")
+	if err != nil {
+		t.Fatal(err)
+	}
+	im, err := pe.Parse(bytes.NewReader(image), int64(len(image)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	table, err := im.HotPatch()
+	if err != nil {
+		t.Fatal(err)
+	}
+	in := im.SectionAt(table.RVA)
+	binary.LittleEndian.PutUint32(image[in.RawOffset+table.RVA-in.RVA+8:], sequence) // IMAGE_HOT_PATCH_INFO.SequenceNumber
+	for i := range n {
+		image = append(image, byte(i*7+seed))
+	}
+	return image, table.Bases[0].OriginalTimeDateStamp
+}
+
+// container makes a release with one image, which has n bytes that do not matter.
 func container(t testing.TB, id string, sequence uint32, n int) []byte {
 	t.Helper()
-	image := make([]byte, n)
-	for i := range image {
-		image[i] = byte(i*7 + len(id))
-	}
+	image, stamp := hotpatchImage(t, sequence, n, len(id))
+	return containerOf(t, id, sequence, image, stamp)
+}
+
+func containerOf(t testing.TB, id string, sequence uint32, image []byte, stamp uint32) []byte {
+	t.Helper()
 	sum := sha256.Sum256(image)
 	m := &release.Manifest{Format: release.Format, ID: id, Product: "acme", Kind: release.KindHotpatch, Month: "2026-11", Sequence: sequence,
-		Images: []release.Image{{Name: "app.dll", Arch: "amd64", File: "images/app-1.dll", Size: int64(n), SHA256: hex.EncodeToString(sum[:]),
-			Base: pe.Identity{Machine: 0x8664, SizeOfImage: 65536, TimeDateStamp: 7, ImageBase: 0x7ffff80000000,
+		Images: []release.Image{{Name: "app.dll", Arch: "amd64", File: "images/app-1.dll", Size: int64(len(image)), SHA256: hex.EncodeToString(sum[:]),
+			Base: pe.Identity{Machine: 0x8664, SizeOfImage: 65536, TimeDateStamp: stamp, ImageBase: 0x7ffff80000000,
 				TextSHA256: fmt.Sprintf("%064x", 1)}}}}
 	b, err := release.Write(m, map[string][]byte{"images/app-1.dll": image})
 	if err != nil {
