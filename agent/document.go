@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"reflect"
 	"strconv"
 	"strings"
 	"time"
@@ -57,7 +58,7 @@ func decode(file string, text []byte, format string, into any) (*document, error
 		Format string `toml:"format"`
 	}
 	if err := toml.Unmarshal(text, &head); err != nil {
-		return nil, d.drawn(err)
+		return nil, d.drawn(err, &head)
 	}
 	d.index()
 	switch head.Format {
@@ -68,14 +69,15 @@ func decode(file string, text []byte, format string, into any) (*document, error
 		return nil, d.errorf("format", "this daemon reads %q, not %q; newer daemons may", format, head.Format)
 	}
 	if err := toml.NewDecoder(bytes.NewReader(text)).DisallowUnknownFields().Decode(into); err != nil {
-		return nil, d.drawn(err)
+		return nil, d.drawn(err, into)
 	}
 	return d, nil
 }
 
 // drawn says in our words what the parser found, with file, line, column and
-// the line itself. Of several unknown keys the first is shown, the others named.
-func (d *document) drawn(err error) error {
+// the line itself. Of several unknown keys the first is shown, the others
+// counted. into is what was decoded into: it tells what a key wants.
+func (d *document) drawn(err error, into any) error {
 	var missing *toml.StrictMissingError
 	if errors.As(err, &missing) && len(missing.Errors) > 0 {
 		first := missing.Errors[0]
@@ -89,17 +91,85 @@ func (d *document) drawn(err error) error {
 	var bad *toml.DecodeError
 	if errors.As(err, &bad) {
 		row, column := bad.Position()
-		message := strings.TrimPrefix(bad.Error(), "toml: ")
-		// The parser names our Go types; an administrator has no use for them.
-		if what, _, ok := strings.Cut(message, " into "); ok {
-			message = strings.Replace(what, "cannot decode TOML ", "a wrong kind of value: ", 1)
+		key := strings.Join(bad.Key(), ".")
+		// Of an inline table the parser names the table only.
+		for inner, where := range d.at {
+			if r, c := d.place(where); r == row && c == column && strings.HasPrefix(inner, key+".") && !strings.Contains(inner, "[") {
+				key = inner
+			}
 		}
-		if key := bad.Key(); len(key) > 0 {
-			message = keyName(strings.Join(key, ".")) + ": " + message
+		message := inWords(strings.TrimPrefix(bad.Error(), "toml: "), wanted(reflect.TypeOf(into), strings.Split(key, ".")))
+		if where, ok := d.at[key]; ok && row == 1 && column == 1 { // the parser does not always know the place
+			row, column = d.place(where)
+		}
+		if key != "" {
+			message = keyName(key) + ": " + message
 		}
 		return d.show(row, column, "%s", message)
 	}
 	return fmt.Errorf("%s: %w", d.file, err)
+}
+
+// inWords is the parser's message as an administrator reads it: without our Go
+// types, and with what is expected. want is "" where that is not known.
+func inWords(message, want string) string {
+	kind, _, mismatch := strings.Cut(strings.TrimPrefix(message, "cannot decode TOML "), " into ")
+	switch {
+	case mismatch && want != "" && kind != "":
+		article := "a "
+		if strings.ContainsRune("aeiou", rune(kind[0])) {
+			article = "an "
+		}
+		return "must be " + want + ", not " + article + kind
+	case mismatch:
+		return "a wrong kind of value: " + kind
+	case strings.Contains(message, "too large to fit"):
+		return "the number is too large"
+	case strings.Contains(message, "at start of value"):
+		return `not TOML: a value must stand here: text in quotes, a number, true, false, or a list in [ ]`
+	case strings.HasPrefix(message, "expected keyword"):
+		return "not TOML: true or false is misspelt here; text stands in quotes"
+	case strings.HasSuffix(message, "is already defined"):
+		return "stands here for the second time"
+	}
+	return "not TOML: " + message
+}
+
+// wanted says what kind of value the key of a struct wants.
+func wanted(t reflect.Type, key []string) string {
+	for t != nil && t.Kind() == reflect.Pointer {
+		t = t.Elem()
+	}
+	switch {
+	case t == nil:
+		return ""
+	case len(key) > 0 && key[0] != "" && t.Kind() == reflect.Struct:
+		for i := range t.NumField() {
+			if t.Field(i).Tag.Get("toml") == key[0] {
+				return wanted(t.Field(i).Type, key[1:])
+			}
+		}
+		return ""
+	}
+	switch t.Kind() {
+	case reflect.String:
+		return `text in quotes, such as "a"`
+	case reflect.Bool:
+		return "true or false"
+	case reflect.Int:
+		return "a whole number"
+	case reflect.Slice:
+		return `a list of texts, such as ["a", "b"]`
+	case reflect.Struct:
+		return "a table with keys of its own"
+	}
+	return ""
+}
+
+// place is row and column, from 1, of a value.
+func (d *document) place(where unstable.Range) (row, column int) {
+	before := d.text[:where.Offset]
+	return bytes.Count(before, []byte("\n")) + 1, len(before) - (bytes.LastIndexByte(before, '\n') + 1) + 1
 }
 
 // index notes where every value stands. The text has been parsed before, so
@@ -172,9 +242,7 @@ func (d *document) errorf(key, format string, args ...any) error {
 	if !ok {
 		return d.show(0, 0, "%s", message)
 	}
-	before := d.text[:where.Offset]
-	row := bytes.Count(before, []byte("\n")) + 1
-	column := len(before) - (bytes.LastIndexByte(before, '\n') + 1) + 1
+	row, column := d.place(where)
 	return d.show(row, column, "%s", message)
 }
 

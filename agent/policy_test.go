@@ -55,7 +55,7 @@ busy_budget = "30s"
 func TestPolicyMistakes(t *testing.T) {
 	for text, want := range map[string]string{
 		"enroled = true":             "p.toml:2:1: enroled: no such key\n  2 | enroled = true\n    | ^",
-		"enrolled = \"yes\"":         "p.toml:2:12: enrolled: a wrong kind of value: string\n  2 | enrolled = \"yes\"\n    |            ^",
+		"enrolled = \"yes\"":         "p.toml:2:12: enrolled: must be true or false, not a string\n  2 | enrolled = \"yes\"\n    |            ^",
 		"mode = \"auto\"":            "p.toml:2:8: mode: \"auto\" is none of \"automatic\", \"manual\"\n  2 | mode = \"auto\"\n    |        ^",
 		"waive = [\"os\",\n\"tpm\"]": "p.toml:3:1: waive[1]: \"tpm\" is not a check; the checks are os edition version arch managed policy vbs chpe baseline rights\n  3 | \"tpm\"]\n    | ^",
 		"hold = [\"../x\"]":          "p.toml:2:9: hold[0]: \"../x\" is not the id of a release\n  2 | hold = [\"../x\"]\n    |         ^",

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"strings"
 	"syscall"
+	"time"
 
 	"hotpatchd/agent/control"
 )
@@ -53,7 +54,10 @@ func complain(w io.Writer, err error, jsonOut bool) int {
 	}
 	e, code := explainError(err)
 	if jsonOut {
-		b, _ := json.Marshal(map[string]any{"format": control.FormatError, "error": e})
+		b, _ := json.Marshal(struct {
+			control.Header
+			Error *control.Error `json:"error"`
+		}{ownHeader(control.FormatError), e})
 		fmt.Fprintf(w, "%s\n", b)
 		return code
 	}
@@ -62,6 +66,11 @@ func complain(w io.Writer, err error, jsonOut bool) int {
 		fmt.Fprintf(w, "hint: %s\n", oneLine(e.Hint))
 	}
 	return code
+}
+
+// ownHeader begins a document that does not come from the daemon.
+func ownHeader(format string) control.Header {
+	return control.Header{Format: format, Generated: control.At(time.Now()), Version: programVersion()}
 }
 
 func explainError(err error) (*control.Error, int) {
@@ -90,8 +99,12 @@ func unreachable(err error) (*control.Error, int) {
 	e := &control.Error{Code: "not-reachable", Text: err.Error(), Hint: "is the service running? systemctl status hotpatchd, or hotpatchd service start"}
 	where, _, _ := strings.Cut(err.Error(), ": ")
 	switch {
-	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, fs.ErrNotExist):
+	case errors.Is(err, fs.ErrNotExist):
+		e.Text = where + ": there is no such socket"
+		e.Hint += "; a daemon that listens elsewhere: --socket ADDRESS. What is applied stays applied meanwhile"
+	case errors.Is(err, syscall.ECONNREFUSED):
 		e.Text = where + ": nothing listens there"
+		e.Hint += ". What is applied stays applied meanwhile"
 	case errors.Is(err, fs.ErrPermission):
 		e.Text = where + ": this user may not open it"
 		e.Hint = "the socket is open to all users; is it the right one? hotpatch --socket ADDRESS"

@@ -226,11 +226,21 @@ func (s *session) explainCommand() *cobra.Command {
 
 func (s *session) calendarCommand() *cobra.Command {
 	return &cobra.Command{
-		Use: "calendar", Short: "Baseline and hotpatch months", Args: noArgs,
+		Use: "calendar", Short: "Baseline and hotpatch months (not available yet)", Args: noArgs,
 		RunE: func(*cobra.Command, []string) error {
 			return &control.Error{Code: control.CodeUnavailable, Text: "the calendar is not available yet in this version"}
 		},
 	}
+}
+
+// formatDiagnose is the format of what diagnose --json prints.
+const formatDiagnose = "hotpatch-diagnose/1"
+
+// diagnosed tells where a support file was written.
+type diagnosed struct {
+	control.Header
+	File  string `json:"file"`
+	Bytes int    `json:"bytes"`
 }
 
 func (s *session) diagnoseCommand() *cobra.Command {
@@ -257,8 +267,10 @@ func (s *session) diagnoseCommand() *cobra.Command {
 				os.Remove(args[0])
 				return plainFileError("write", err)
 			}
-			_, err = fmt.Fprintf(s.out, "Written to %s, %d bytes. It names programs, users and addresses of this machine: read it before you send it.\n", clean(args[0]), len(b))
-			return err
+			doc := diagnosed{ownHeader(formatDiagnose), args[0], len(b)}
+			return s.show(doc, func() string {
+				return fmt.Sprintf("Written to %s, %d bytes. It names programs, users and addresses of this machine: read it before you send it.\n", clean(args[0]), len(b))
+			})
 		},
 	}
 }

@@ -17,9 +17,13 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/signal"
+	"regexp"
+	"runtime"
+	"runtime/debug"
 	"strings"
 	"syscall"
 	"time"
@@ -29,7 +33,22 @@ import (
 	"hotpatchd/agent/control"
 )
 
+// version is set by the linker (-X main.version=…); otherwise the module's.
+var version string
+
 func main() { os.Exit(run()) }
+
+// programVersion is what --version and documents of our own call this program.
+func programVersion() string {
+	if version != "" {
+		return version
+	}
+	info, ok := debug.ReadBuildInfo()
+	if !ok || info.Main.Version == "" || info.Main.Version == "(devel)" {
+		return "devel"
+	}
+	return info.Main.Version
+}
 
 func run() int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -93,6 +112,7 @@ func (s *session) root(socket string) *cobra.Command {
 
 Exit codes: 0 done, answered or already so; 1 failed; 2 usage; 3 the device is not eligible;
 4 something is open; 5 the daemon is not reachable; 6 not permitted.`,
+		Version:       programVersion(),
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          knownCommand,
@@ -105,7 +125,8 @@ Exit codes: 0 done, answered or already so; 1 failed; 2 usage; 3 the device is n
 		},
 	}
 	root.SuggestionsMinimumDistance = 2
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
+	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error { return usageError{flagError(c, err)} })
+	root.SetVersionTemplate(fmt.Sprintf("hotpatch {{.Version}}, %s, %s/%s\n", runtime.Version(), runtime.GOOS, runtime.GOARCH))
 	root.PersistentFlags().StringVar(&s.socket, "socket", socket, "`address` of the daemon's socket; HOTPATCH_SOCKET sets another default")
 	root.PersistentFlags().BoolVar(&s.jsonOut, "json", false, "print one JSON document instead of a screen")
 	root.AddCommand(
@@ -113,6 +134,29 @@ Exit codes: 0 done, answered or already so; 1 failed; 2 usage; 3 the device is n
 		s.rollbackCommand(), s.holdCommand(), s.releaseHoldCommand(), s.pauseCommand(), s.resumeCommand(), s.processesCommand(),
 		s.verifyCommand(), s.historyCommand(), s.calendarCommand(), s.watchCommand(), s.waitCommand(), s.diagnoseCommand(), s.explainCommand())
 	return root
+}
+
+// wrongValue is how pflag tells of a value: with the words of package strconv.
+var wrongValue = regexp.MustCompile(`^invalid argument "(.*)" for "(?:-\w, )?--([a-z-]+)" flag: `)
+
+// flagError says what a flag wants instead.
+func flagError(c *cobra.Command, err error) error {
+	m := wrongValue.FindStringSubmatch(err.Error())
+	if m == nil {
+		return err
+	}
+	wants := "another value"
+	if f := c.Flags().Lookup(m[2]); f != nil {
+		switch f.Value.Type() {
+		case "int":
+			wants = "a whole number"
+		case "duration":
+			wants = "a time such as 90s, 5m or 1h30m"
+		case "bool":
+			wants = "true or false"
+		}
+	}
+	return fmt.Errorf("--%s wants %s, not %q", m[2], wants, m[1])
 }
 
 // knownCommand refuses words that are no command, and says which may be meant.

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -79,11 +78,8 @@ type story struct {
 func demoCommand(c *command, args []string, out, errOut io.Writer) int {
 	f := c.flags(errOut)
 	backend := f.String("backend", "", "")
-	if err := f.Parse(args); err != nil {
-		if errors.Is(err, flag.ErrHelp) {
-			return exitDone
-		}
-		return exitUsage
+	if code, done := c.parse(f, args); done {
+		return code
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
@@ -141,7 +137,8 @@ func chooseStage(backend string) (s stage, why string, err error) {
 func tell(ctx context.Context, s stage, out io.Writer) (err error) {
 	dir, err := os.MkdirTemp("", "hotpatchd-demo-")
 	if err != nil {
-		return err
+		s.close()
+		return fmt.Errorf("cannot make a folder for the demonstration: %w; it is made where TMPDIR says", err)
 	}
 	d := &story{stage: s, out: out, dir: dir}
 	defer func() {

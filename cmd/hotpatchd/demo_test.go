@@ -80,3 +80,16 @@ func TestDemoAssertsItsClaims(t *testing.T) {
 		}
 	}
 }
+
+func TestDemoSaysWhatItCannotUse(t *testing.T) {
+	if code, out, errOut := call("demo", "extra"); code != exitUsage || out != "" || !strings.Contains(errOut, `demo takes no argument "extra"`) {
+		t.Errorf("an argument: exit %d, %q, %q", code, out, errOut)
+	}
+	missing := filepath.Join(t.TempDir(), "missing")
+	t.Setenv("TMPDIR", missing)
+	t.Setenv("TMP", missing) // Windows
+	code, out, _ := call("demo", "--backend", "sim")
+	if code != exitFailed || !strings.Contains(out, "cannot make a folder for the demonstration") || !strings.Contains(out, "TMPDIR") {
+		t.Errorf("no room: exit %d, %q", code, out)
+	}
+}

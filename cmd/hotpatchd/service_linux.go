@@ -30,6 +30,9 @@ func (i installer) manager(unit string) (service.Service, error) {
 		return nil, &hintedError{errors.New("this system was not booted with systemd, so that there is no service to speak of"),
 			"let your own supervisor run: " + i.exe + " run --config " + i.config}
 	}
+	if err := needRoot(os.Geteuid()); err != nil {
+		return nil, err
+	}
 	c := i.definition()
 	c.Option = service.KeyValue{"SystemdScript": unit}
 	s, err := service.New(idle{}, c)
@@ -40,6 +43,14 @@ func (i installer) manager(unit string) (service.Service, error) {
 		return nil, fmt.Errorf("cannot install: the service manager here is %s, only systemd is supported", s.Platform())
 	}
 	return s, nil
+}
+
+// needRoot says beforehand what systemd would refuse halfway.
+func needRoot(euid int) error {
+	if euid == 0 {
+		return nil
+	}
+	return &hintedError{errors.New("the service belongs to root, and this user is not root"), "the same command with sudo"}
 }
 
 func (i installer) install() (string, error) {
