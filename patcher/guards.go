@@ -18,6 +18,9 @@ var guardRemedy = map[target.GuardCode]Remedy{
 	target.GuardSystem:    Policy,
 	target.GuardShared:    RestartProcess,
 	target.GuardKernel:    Policy,
+
+	target.GuardDynamicCode: Policy,
+	target.GuardSigned:      Policy,
 }
 
 // CheckGuards is the first rule of every effect: nil, or the refusal that the

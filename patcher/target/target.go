@@ -63,6 +63,9 @@ const (
 	GuardSystem    GuardCode = "never-touch"  // init and its kin, security products
 	GuardShared    GuardCode = "shared-space" // another process shares this memory (CLONE_VM without CLONE_THREAD)
 	GuardKernel    GuardCode = "kernel"       // the kernel refuses tracing; Text says which setting
+
+	GuardDynamicCode GuardCode = "acg" // arbitrary code guard: no new executable memory
+	GuardSigned      GuardCode = "cig" // code integrity guard: signed images only
 )
 
 // Info describes a process as far as it can be told from outside.

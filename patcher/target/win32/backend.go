@@ -1,0 +1,46 @@
+//go:build windows && (amd64 || arm64)
+
+package win32
+
+import (
+	"os"
+	"sync"
+
+	"hotpatchd/patcher/target"
+)
+
+// backend implements target.Backend. Its lock covers what follows it.
+type backend struct {
+	kernel kernel
+	method method
+	guard  guardian
+
+	mu       sync.Mutex
+	procs    map[int]*known
+	desc     describer
+	changes  uint64 // last Change given out
+	round    uint64
+	turns    int // of so many processes with page faults one is looked at in a round
+	waiting  int // how many there were
+	reserved map[target.ID]reservations
+	held     map[target.ID]*frozen
+}
+
+// New makes the backend of this machine.
+func New() (target.Backend, error) { return newBackend(system{}), nil }
+
+func newBackend(k kernel) *backend {
+	b := &backend{
+		kernel:   k,
+		procs:    map[int]*known{},
+		desc:     describer{self: os.Getpid(), users: map[string]string{}},
+		turns:    1,
+		reserved: map[target.ID]reservations{},
+		held:     map[target.ID]*frozen{},
+	}
+	b.desc.privileged = enableDebugPrivilege() == nil
+	b.method = chooseMethod(k)
+	return b
+}
+
+func (b *backend) Name() string { return "win32" }

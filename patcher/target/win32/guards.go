@@ -1,0 +1,136 @@
+//go:build windows && (amd64 || arm64)
+
+package win32
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"unsafe"
+
+	"golang.org/x/sys/windows"
+
+	"hotpatchd/patcher/target"
+)
+
+var (
+	isProcessCritical          = kernel32.NewProc("IsProcessCritical")
+	getProcessMitigationPolicy = kernel32.NewProc("GetProcessMitigationPolicy")
+	getProcessInformation      = kernel32.NewProc("GetProcessInformation")
+	isWow64Process2            = kernel32.NewProc("IsWow64Process2")
+)
+
+// neverTouch are the programs on which a machine stands or falls, and those
+// that watch over it and would take us for an intruder. Compared without case.
+var neverTouch = []string{
+	"smss.exe", "csrss.exe", "wininit.exe", "winlogon.exe", "services.exe", "lsass.exe", "lsaiso.exe", "fontdrvhost.exe", "dwm.exe",
+	"registry", "memcompression", "secure system", "vmmem", "vmmemwsl",
+	"msmpeng.exe", "mpdefendercoreservice.exe", "nissrv.exe", "mssense.exe", "sensendr.exe", "senseir.exe", "sensecncproxy.exe", "securityhealthservice.exe",
+	"csfalconservice.exe", "csfalconcontainer.exe", "sentinelagent.exe", "sentinelservicehost.exe", "cylancesvc.exe", "cb.exe", "repmgr.exe",
+	"elastic-endpoint.exe", "osqueryd.exe", "wazuh-agent.exe", "ossec-agent.exe", "ekrn.exe", "avp.exe", "bdservicehost.exe", "sophosfs.exe", "sedservice.exe",
+	"ccsvchst.exe", "mfemms.exe", "xagt.exe", "cyserver.exe", "tmccsf.exe",
+}
+
+// guards are what speaks against touching a process. What this Windows cannot
+// tell is no guard: the call itself will be refused then, before any effect.
+func (d *describer) guards(h windows.Handle, i target.Info, machine, native uint16) []target.Guard {
+	var g []target.Guard
+	add := func(code target.GuardCode, format string, args ...any) {
+		g = append(g, target.Guard{Code: code, Text: fmt.Sprintf(format, args...)})
+	}
+	if i.PID == d.self {
+		add(target.GuardSelf, "this is the daemon itself")
+	}
+	if slices.Contains(neverTouch, strings.ToLower(i.Host)) {
+		add(target.GuardSystem, "%s is never touched", i.Host)
+	} else if critical(h) {
+		add(target.GuardSystem, "%s is critical to the system: its end would be the machine's", i.Host)
+	}
+	if kind, ok := protection(h); ok && kind != 0 {
+		add(target.GuardProtected, "a protected process (%s)", protectionText(kind))
+	}
+	switch {
+	case machine == machineI386 || machine == machineARMNT:
+		add(target.Guard32Bit, "a 32-bit program")
+	case machine != native:
+		add(target.GuardEmulated, "%s code on an %s machine", archOf(machine), archOf(native))
+	}
+	if debugged(h) {
+		add(target.GuardTracer, "a debugger is attached")
+	}
+	if p, ok := mitigation(h, dynamicCodePolicy); ok && p&prohibitDynamicCode != 0 {
+		add(target.GuardDynamicCode, "arbitrary code guard is on: no new code in its memory")
+	}
+	if p, ok := mitigation(h, signaturePolicy); ok && p&(microsoftSignedOnly|storeSignedOnly|mitigationOptIn) != 0 {
+		add(target.GuardSigned, "code integrity guard is on: only images signed as it asks for")
+	}
+	return g
+}
+
+func critical(h windows.Handle) bool {
+	var yes int32
+	_, err := win(isProcessCritical, uintptr(h), uintptr(unsafe.Pointer(&yes)))
+	return err == nil && yes != 0
+}
+
+// debugged asks for the debug port. No answer is no.
+func debugged(h windows.Handle) bool {
+	var port uintptr
+	return query(h, windows.ProcessDebugPort, &port) == nil && port != 0
+}
+
+// processProtectionInformation is the class of PS_PROTECTION: type in the low
+// three bits, signer in the high four (ntddk.h).
+const processProtectionInformation = 61
+
+func protection(h windows.Handle) (kind byte, ok bool) {
+	err := query(h, processProtectionInformation, &kind)
+	return kind & 7, err == nil
+}
+
+func protectionText(kind byte) string {
+	if kind == 1 {
+		return "light"
+	}
+	return "full"
+}
+
+// Policies and their bits, as in winnt.h.
+const (
+	dynamicCodePolicy   = 2 // ProcessDynamicCodePolicy
+	prohibitDynamicCode = 1 << 0
+	signaturePolicy     = 8 // ProcessSignaturePolicy
+	microsoftSignedOnly = 1 << 0
+	storeSignedOnly     = 1 << 1
+	mitigationOptIn     = 1 << 2
+)
+
+func mitigation(h windows.Handle, policy uintptr) (flags uint32, ok bool) {
+	_, err := win(getProcessMitigationPolicy, uintptr(h), policy, uintptr(unsafe.Pointer(&flags)), unsafe.Sizeof(flags))
+	return flags, err == nil
+}
+
+// processMachineTypeInfo is the class of PROCESS_MACHINE_INFORMATION (Windows 11).
+const processMachineTypeInfo = 9
+
+// machines are the machine of the process's code and that of the system. Only
+// the newer call tells of amd64 code on arm64, which is no WOW64.
+func machines(h windows.Handle) (process, native uint16) {
+	if isWow64Process2.Find() == nil {
+		_ = windows.IsWow64Process2(h, &process, &native)
+	}
+	if native == machineUnknown {
+		native = nativeMachine
+	}
+	var m struct {
+		machine, reserved uint16
+		attributes        uint32
+	}
+	if _, err := win(getProcessInformation, uintptr(h), processMachineTypeInfo, uintptr(unsafe.Pointer(&m)), unsafe.Sizeof(m)); err == nil && m.machine != machineUnknown {
+		process = m.machine
+	}
+	if process == machineUnknown {
+		process = native
+	}
+	return process, native
+}

@@ -1,0 +1,161 @@
+//go:build windows && (amd64 || arm64)
+
+package win32
+
+import (
+	"path/filepath"
+	"unsafe"
+
+	"golang.org/x/sys/windows"
+
+	"hotpatchd/patcher/target"
+)
+
+// describer turns what the system tells of a process into an Info. What it
+// keeps is about the machine, never about a process. Not safe for concurrent use.
+type describer struct {
+	self       int
+	privileged bool              // SeDebugPrivilege is enabled
+	users      map[string]string // by SID
+}
+
+// Machine types, as in winnt.h.
+const (
+	machineUnknown = 0
+	machineI386    = 0x14c
+	machineARMNT   = 0x1c4
+	machineAMD64   = 0x8664
+	machineARM64   = 0xaa64
+)
+
+// describe fills everything but Change. It is as good as our rights: h is 0 if
+// the process cannot even be asked what it is.
+func (d *describer) describe(h windows.Handle, e entry) target.Info {
+	i := target.Info{ID: e.id, UID: -1, Host: e.name, Image: e.name, Arch: nativeArch}
+	if h == 0 {
+		i.Guards = append(i.Guards, target.Guard{Code: target.GuardProtected, Text: "the system keeps us out of " + e.name + d.rights()})
+		return i
+	}
+	if path := imagePath(h); path != "" {
+		i.Image, i.Exe, i.Host = path, path, filepath.Base(path)
+	}
+	i.User = d.user(h)
+	i.PEB = peb(h)
+	machine, native := machines(h)
+	i.Arch = archOf(machine)
+	i.Guards = d.guards(h, i, machine, native)
+	return i
+}
+
+func (d *describer) rights() string {
+	if d.privileged {
+		return ", SeDebugPrivilege notwithstanding"
+	}
+	return ": SeDebugPrivilege is missing"
+}
+
+// imagePath is the path of the program as Windows programs spell it.
+func imagePath(h windows.Handle) string {
+	for size := uint32(windows.MAX_PATH); size <= 32<<10; size *= 2 {
+		b := make([]uint16, size)
+		n := size
+		err := windows.QueryFullProcessImageName(h, 0, &b[0], &n)
+		if err == nil {
+			return windows.UTF16ToString(b[:n])
+		}
+		if err != windows.ERROR_INSUFFICIENT_BUFFER {
+			break
+		}
+	}
+	return ""
+}
+
+// user is the owner's name, or the SID where there is no name.
+func (d *describer) user(h windows.Handle) string {
+	var t windows.Token
+	if windows.OpenProcessToken(h, windows.TOKEN_QUERY, &t) != nil {
+		return ""
+	}
+	defer t.Close()
+	u, err := t.GetTokenUser()
+	if err != nil {
+		return ""
+	}
+	sid := u.User.Sid.String()
+	name, ok := d.users[sid]
+	if !ok {
+		name = sid
+		if account, domain, _, err := u.User.Sid.LookupAccount(""); err == nil && account != "" {
+			if name = account; domain != "" {
+				name = domain + `\` + account
+			}
+		}
+		d.users[sid] = name
+	}
+	return name
+}
+
+// peb is the address of the process environment block, 0 if we may not ask.
+func peb(h windows.Handle) target.Addr {
+	var basic windows.PROCESS_BASIC_INFORMATION
+	if query(h, windows.ProcessBasicInformation, &basic) != nil {
+		return 0
+	}
+	return target.Addr(uintptr(unsafe.Pointer(basic.PebBaseAddress)))
+}
+
+func archOf(machine uint16) target.Arch {
+	switch machine {
+	case machineAMD64:
+		return target.AMD64
+	case machineARM64:
+		return target.ARM64
+	case machineI386:
+		return target.X86
+	case machineARMNT:
+		return "arm"
+	}
+	return nativeArch
+}
+
+// enableDebugPrivilege lets administrators open processes of others.
+func enableDebugPrivilege() error {
+	var t windows.Token
+	if err := windows.OpenProcessToken(windows.CurrentProcess(), windows.TOKEN_ADJUST_PRIVILEGES|windows.TOKEN_QUERY, &t); err != nil {
+		return err
+	}
+	defer t.Close()
+	p := windows.Tokenprivileges{PrivilegeCount: 1}
+	name, err := windows.UTF16PtrFromString("SeDebugPrivilege")
+	if err != nil {
+		return err
+	}
+	if err := windows.LookupPrivilegeValue(nil, name, &p.Privileges[0].Luid); err != nil {
+		return err
+	}
+	p.Privileges[0].Attributes = windows.SE_PRIVILEGE_ENABLED
+	if err := windows.AdjustTokenPrivileges(t, false, &p, 0, nil, nil); err != nil {
+		return err
+	}
+	// Success is also what it says when the token has no such privilege.
+	enabled, err := hasPrivilege(t, p.Privileges[0].Luid)
+	if err == nil && !enabled {
+		err = windows.ERROR_PRIVILEGE_NOT_HELD
+	}
+	return err
+}
+
+func hasPrivilege(t windows.Token, want windows.LUID) (bool, error) {
+	buf := make([]byte, 4<<10) // a token has some forty privileges of 12 bytes at most
+	var n uint32
+	if err := windows.GetTokenInformation(t, windows.TokenPrivileges, &buf[0], uint32(len(buf)), &n); err != nil {
+		return false, err
+	}
+	list := (*windows.Tokenprivileges)(unsafe.Pointer(&buf[0])).AllPrivileges()
+	for _, p := range list {
+		if p.Luid == want {
+			return p.Attributes&windows.SE_PRIVILEGE_ENABLED != 0, nil
+		}
+	}
+	return false, nil
+}

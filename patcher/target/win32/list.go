@@ -1,0 +1,216 @@
+//go:build windows && (amd64 || arm64)
+
+package win32
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"hash/maphash"
+	"unsafe"
+
+	"golang.org/x/sys/windows"
+
+	"hotpatchd/patcher/target"
+)
+
+// faultChecks is how many processes that map as much as before, but took page
+// faults, have their mappings compared in one List. The others come later.
+const faultChecks = 32
+
+// snapshotLimit bounds the system's answer on all processes and threads, bytes:
+// a million threads.
+const snapshotLimit = 128 << 20
+
+// known is what List remembers of a process from one call to the next.
+type known struct {
+	virtual uintptr // bytes it maps
+	faults  uint32
+	sum     uint64 // of the mappings that code can come from
+	info    target.Info
+	round   uint64 // of List, in which it was last seen
+}
+
+// entry is one process of a snapshot.
+type entry struct {
+	id      target.ID
+	name    string // file name of its program
+	virtual uintptr
+	faults  uint32
+	threads []int // only of the one that was asked for
+}
+
+var seed = maphash.MakeSeed()
+
+// List asks the system once for all processes, and looks at one anew only if
+// it maps more or less than before; of those that only took page faults at a
+// few in turn. A module that went and came back at the same place between two
+// calls does not show.
+func (b *backend) List(ctx context.Context) ([]target.Info, error) {
+	entries, err := snapshot(target.ID{})
+	if err != nil {
+		return nil, &target.Error{Op: "list", Note: "the system does not tell of its processes", Err: err}
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.round++
+	b.turns, b.waiting = 1+b.waiting/faultChecks, 0
+	list := make([]target.Info, 0, len(entries))
+	for _, e := range entries {
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		if k := b.refresh(e); k != nil {
+			k.round = b.round
+			list = append(list, k.info)
+		}
+	}
+	for pid, k := range b.procs {
+		if k.round != b.round {
+			delete(b.procs, pid)
+			delete(b.reserved, k.info.ID)
+		}
+	}
+	return list, nil
+}
+
+func (b *backend) refresh(e entry) *known {
+	k := b.procs[e.id.PID]
+	if k != nil && k.info.ID != e.id {
+		delete(b.reserved, k.info.ID)
+		k = nil
+	}
+	if k != nil && k.virtual == e.virtual && (k.faults == e.faults || !b.turn(e.id.PID)) {
+		return k
+	}
+	h, err := windows.OpenProcess(windows.PROCESS_QUERY_INFORMATION|windows.SYNCHRONIZE, false, uint32(e.id.PID))
+	if err != nil {
+		h, err = windows.OpenProcess(windows.PROCESS_QUERY_LIMITED_INFORMATION|windows.SYNCHRONIZE, false, uint32(e.id.PID))
+	}
+	if err == nil {
+		defer windows.CloseHandle(h)
+		if start, err := started(h); err != nil || start != e.id.Start || signalled(h) {
+			return nil
+		}
+	} else if !errors.Is(err, windows.ERROR_ACCESS_DENIED) {
+		return nil // gone meanwhile
+	}
+	sum := sumCode(h)
+	if k != nil && sum == k.sum {
+		k.virtual, k.faults = e.virtual, e.faults
+		return k
+	}
+	b.changes++
+	k = &known{virtual: e.virtual, faults: e.faults, sum: sum, info: b.desc.describe(h, e)}
+	k.info.Change = b.changes
+	b.procs[e.id.PID] = k
+	return k
+}
+
+// turn tells whether a process that took page faults is looked at this time.
+func (b *backend) turn(pid int) bool {
+	b.waiting++
+	return (uint64(pid)/4+b.round)%uint64(b.turns) == 0
+}
+
+// started is the creation time of a process, in units of 100 ns since 1601.
+func started(h windows.Handle) (uint64, error) {
+	var created, exited, kernel, user windows.Filetime
+	if err := windows.GetProcessTimes(h, &created, &exited, &kernel, &user); err != nil {
+		return 0, err
+	}
+	return uint64(created.HighDateTime)<<32 | uint64(created.LowDateTime), nil
+}
+
+// sumCode digests the mappings that code can come from, images and executable
+// memory; 0 if we may not ask.
+func sumCode(h windows.Handle) uint64 {
+	var m maphash.Hash
+	m.SetSeed(seed)
+	found := false
+	err := walk(h, 0, maxAddr, func(i *windows.MemoryBasicInformation) bool {
+		found = true
+		if i.State == windows.MEM_COMMIT && (i.Type == memImage || protOf(i.Protect)&target.Exec != 0) {
+			var b [24]byte
+			binary.LittleEndian.PutUint64(b[:], uint64(i.BaseAddress))
+			binary.LittleEndian.PutUint64(b[8:], uint64(i.RegionSize))
+			binary.LittleEndian.PutUint64(b[16:], uint64(i.AllocationBase))
+			m.Write(b[:])
+		}
+		return true
+	})
+	if err != nil || !found {
+		return 0
+	}
+	return m.Sum64()
+}
+
+// find is the entry of one life, with its threads.
+func find(id target.ID) (entry, error) {
+	entries, err := snapshot(id)
+	for _, e := range entries {
+		if e.id == id {
+			return e, nil
+		}
+	}
+	if err == nil {
+		err = target.ErrGone
+	}
+	return entry{}, err
+}
+
+// snapshot asks for all processes that have threads and an address space of
+// their own: not the idle process (0) nor the system (4). One is told of with
+// its threads.
+func snapshot(whole target.ID) ([]entry, error) {
+	buf := make([]byte, 512<<10)
+	var need uint32
+	for {
+		err := windows.NtQuerySystemInformation(windows.SystemProcessInformation, unsafe.Pointer(&buf[0]), uint32(len(buf)), &need)
+		if err == nil {
+			break
+		}
+		if err != windows.STATUS_INFO_LENGTH_MISMATCH && err != windows.STATUS_BUFFER_TOO_SMALL || len(buf) >= snapshotLimit {
+			return nil, err
+		}
+		buf = make([]byte, min(snapshotLimit, max(2*len(buf), int(need)+64<<10)))
+	}
+	var list []entry
+	const fixed = unsafe.Sizeof(windows.SYSTEM_PROCESS_INFORMATION{})
+	for at := uintptr(0); at+fixed <= uintptr(len(buf)); {
+		p := (*windows.SYSTEM_PROCESS_INFORMATION)(unsafe.Pointer(&buf[at]))
+		if p.UniqueProcessID != 0 && p.UniqueProcessID != 4 && p.NumberOfThreads != 0 {
+			e := entry{
+				id:   target.ID{PID: int(p.UniqueProcessID), Start: uint64(p.CreateTime)},
+				name: p.ImageName.String(), virtual: p.VirtualSize, faults: p.PageFaultCount,
+			}
+			if e.id == whole {
+				e.threads = threadsOf(buf[at+fixed:], int(p.NumberOfThreads))
+			}
+			list = append(list, e)
+		}
+		if p.NextEntryOffset == 0 {
+			break
+		}
+		at += uintptr(p.NextEntryOffset)
+	}
+	return list, nil
+}
+
+// threadsOf reads the ids out of an array of SYSTEM_THREAD_INFORMATION.
+func threadsOf(b []byte, n int) []int {
+	const size, idAt = 0x50, 0x30 // ClientId.UniqueThread
+	list := make([]int, 0, min(n, len(b)/size))
+	for i := 0; i < n && (i+1)*size <= len(b); i++ {
+		list = append(list, int(binary.LittleEndian.Uint64(b[i*size+idAt:])))
+	}
+	return list
+}
+
+// forget makes the next List look anew at a process that turned out to be in
+// another life than List said.
+func (b *backend) forget(pid int) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	delete(b.procs, pid)
+}

@@ -1,0 +1,175 @@
+//go:build windows && (amd64 || arm64)
+
+package win32
+
+import (
+	"path/filepath"
+	"strings"
+	"unsafe"
+
+	"golang.org/x/sys/windows"
+
+	"hotpatchd/patcher/target"
+)
+
+const (
+	// maxAddr is where addresses of programs end (47 bits).
+	maxAddr = 1 << 47
+	// maxRegions bounds what is listed of one process: more than a program with
+	// a million allocations has.
+	maxRegions = 4 << 20
+	// granule is the unit of reservations (SYSTEM_INFO.dwAllocationGranularity).
+	granule = 64 << 10
+	// sharedUserData is the page that the kernel shows to every process.
+	sharedUserData = 0x7ffe0000
+)
+
+// walk calls f with each run of equal pages from at on, until end or f says no.
+func walk(h windows.Handle, at, end target.Addr, f func(*windows.MemoryBasicInformation) bool) error {
+	for range maxRegions {
+		var i windows.MemoryBasicInformation
+		if err := windows.VirtualQueryEx(h, uintptr(at), &i, unsafe.Sizeof(i)); err != nil {
+			if err == windows.ERROR_INVALID_PARAMETER && at > 0 {
+				return nil // beyond what programs may address
+			}
+			return err
+		}
+		next := target.Addr(i.BaseAddress) + target.Addr(i.RegionSize)
+		if next <= at || !f(&i) || next >= end {
+			return nil
+		}
+		at = next
+	}
+	return nil
+}
+
+// protOf turns a page protection into what may be done; guard pages and those
+// without access are neither readable nor writable.
+func protOf(p uint32) target.Prot {
+	if p&windows.PAGE_GUARD != 0 {
+		return 0
+	}
+	switch p & 0xff {
+	case windows.PAGE_READONLY:
+		return target.Read
+	case windows.PAGE_READWRITE, windows.PAGE_WRITECOPY:
+		return target.Read | target.Write
+	case windows.PAGE_EXECUTE:
+		return target.Exec
+	case windows.PAGE_EXECUTE_READ:
+		return target.Read | target.Exec
+	case windows.PAGE_EXECUTE_READWRITE, windows.PAGE_EXECUTE_WRITECOPY:
+		return target.Read | target.Write | target.Exec
+	}
+	return 0
+}
+
+// Regions lists what is committed or reserved. Of an image, Offset is the
+// distance from its start in memory.
+func (p *process) Regions() ([]target.Region, error) {
+	if p.over() {
+		return nil, p.refuse("list regions of", 0, target.ErrGone, "it has ended")
+	}
+	var list []target.Region
+	var path string
+	var named uintptr // allocation that path belongs to
+	first := 0        // region of this allocation
+	p.b.mu.Lock()
+	ours := p.b.reserved[p.id].clone()
+	p.b.mu.Unlock()
+	err := walk(p.h, 0, maxAddr, func(i *windows.MemoryBasicInformation) bool {
+		if i.State == memFree || i.State == windows.MEM_RESERVE && ours.has(i.AllocationBase) {
+			return true
+		}
+		r := target.Region{Start: target.Addr(i.BaseAddress), End: target.Addr(i.BaseAddress + i.RegionSize)}
+		if i.State == windows.MEM_COMMIT {
+			r.Prot = protOf(i.Protect)
+		}
+		if i.AllocationBase != named {
+			named, path, first = i.AllocationBase, "", len(list)
+			if i.Type == memImage || i.Type == memMapped {
+				path = mappedFile(p.h, i.AllocationBase)
+			}
+		}
+		switch {
+		case i.Type == memImage, i.Type == memMapped && path != "":
+			r.Kind, r.Path, r.Offset = target.File, path, uint64(i.BaseAddress-i.AllocationBase)
+			r.Shared = i.Type == memMapped && i.Protect&(windows.PAGE_WRITECOPY|windows.PAGE_EXECUTE_WRITECOPY) == 0
+		case i.Type == memMapped:
+			r.Shared = true
+		case i.Protect&windows.PAGE_GUARD != 0:
+			for k := first; k < len(list); k++ {
+				list[k].Kind = target.Stack
+			}
+			r.Kind = target.Stack
+		case len(list) > first && list[first].Kind == target.Stack:
+			r.Kind = target.Stack
+		case i.BaseAddress>>16 == sharedUserData>>16:
+			r.Kind = target.Special
+		}
+		list = append(list, r)
+		return true
+	})
+	if err == nil && len(list) == 0 {
+		err = target.ErrGone
+	}
+	if err != nil {
+		return nil, p.fail("list regions of", 0, err)
+	}
+	return list, nil
+}
+
+// memoryMappedFilenameInformation is the class of NtQueryVirtualMemory that
+// GetMappedFileName asks for.
+const memoryMappedFilenameInformation = 2
+
+// maxPath is the longest path of the system in UTF-16 units.
+const maxPath = 32 << 10
+
+// mappedFile is the path of what is mapped, "" if it is no file.
+func mappedFile(h windows.Handle, base uintptr) string {
+	for size := 1 << 10; size <= 2*maxPath+64; size *= 8 {
+		buf := make([]uint64, size/8) // the answer begins with a structure of pointers
+		var need uintptr
+		err := nt(ntQueryVirtualMemory, uintptr(h), base, memoryMappedFilenameInformation, uintptr(unsafe.Pointer(&buf[0])), uintptr(size), uintptr(unsafe.Pointer(&need)))
+		if err == nil {
+			return dosPath((*windows.NTUnicodeString)(unsafe.Pointer(&buf[0])).String())
+		}
+		if err != windows.STATUS_BUFFER_OVERFLOW && err != windows.STATUS_INFO_LENGTH_MISMATCH && err != windows.STATUS_BUFFER_TOO_SMALL {
+			break
+		}
+	}
+	return ""
+}
+
+// dosPath spells a path of the kernel as Windows programs do, as far as a drive
+// letter stands for its device.
+func dosPath(name string) string {
+	if rest, ok := strings.CutPrefix(name, `\??\`); ok {
+		return rest
+	}
+	if rest, ok := strings.CutPrefix(name, `\Device\Mup\`); ok {
+		return `\\` + rest
+	}
+	if !strings.HasPrefix(name, `\Device\`) {
+		return name
+	}
+	drives, err := windows.GetLogicalDrives()
+	if err != nil {
+		return name
+	}
+	for n := range 26 {
+		if drives>>n&1 == 0 {
+			continue
+		}
+		drive := []uint16{'A' + uint16(n), ':', 0}
+		var device [windows.MAX_PATH]uint16
+		if _, err := windows.QueryDosDevice(&drive[0], &device[0], uint32(len(device))); err != nil {
+			continue
+		}
+		if rest, ok := strings.CutPrefix(name, windows.UTF16ToString(device[:])+`\`); ok {
+			return windows.UTF16ToString(drive) + `\` + filepath.Clean(rest)
+		}
+	}
+	return name
+}
