@@ -55,12 +55,12 @@ func (a *Agent) attention(v View, s *snapshot, holds []control.Hold) []control.A
 		add("repository", control.SeverityWarning, "repository: "+a.repoErr.Text, "applied fixes stay; it is tried again by itself", a.repoErr.Since, public)
 	}
 	if !a.expires.IsZero() && v.Now.After(a.expires) {
-		add("expired", control.SeverityWarning, fmt.Sprintf("the repository's metadata ended %s: nothing new is applied", a.expires.UTC().Format(time.RFC3339)), "the publisher has to sign it anew; or this clock is ahead", control.At(a.expires), public)
+		add("expired", control.SeverityWarning, fmt.Sprintf("the repository's metadata ended %s: nothing new is applied", stamp(a.expires)), "the publisher has to sign it anew; or this clock is ahead", control.At(a.expires), public)
 	} else if !a.expires.IsZero() && a.expires.Sub(v.Now) < expirySoon && a.repoErr != nil {
-		add("expires-soon", control.SeverityWarning, fmt.Sprintf("the repository's metadata ends %s", a.expires.UTC().Format(time.RFC3339)), "mend the connection to the repository", now, public)
+		add("expires-soon", control.SeverityWarning, fmt.Sprintf("the repository's metadata ends %s, and it cannot be asked for newer", stamp(a.expires)), "mend the connection to the repository", now, public)
 	}
 	if a.denied > 0 {
-		add("not-looked-into", control.SeverityWarning, fmt.Sprintf("processes that could not be looked into, because the system refuses access: %d", a.denied), "the backend may reach: "+a.freeze, now, public)
+		add("not-looked-into", control.SeverityWarning, fmt.Sprintf("processes that could not be looked into, because the system refuses access: %d", a.denied), "hotpatch eligibility, check rights; this daemon may reach: "+a.freeze, now, public)
 	}
 	if a.scanErr != nil {
 		add("scan", control.SeverityError, "the processes cannot be listed", "see the log", now, public)
@@ -230,6 +230,9 @@ func (o openState) text() string {
 	}
 	return fmt.Sprintf("%s in %s %s %s", counted(o.images, "image", "images"), counted(o.processes, "process", "processes"), verb, o.state)
 }
+
+// stamp writes a time in a sentence. Screens put it in the reader's own zone.
+func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 
 // counted is "1 image" or "2 images".
 func counted(n int, one, several string) string {

@@ -30,6 +30,7 @@ type wishes struct {
 	Installed map[string]bool   // ids the operator asked for, for mode manual and for releases off their ring
 	InForce   map[string]string // product → id in force
 	Floors    map[string]uint32 // product and baseline → highest sequence ever in force
+	Ends      time.Time         // of the metadata
 	Broken    map[string]reason // id → why a release that metadata names cannot be used here
 }
 
@@ -122,11 +123,11 @@ func allowed(o repository.Offer, d device, w wishes, now time.Time, fresh bool) 
 	}
 	switch {
 	case !fresh:
-		return because("expired", "the repository's metadata has ended: nothing new comes into force"), false
+		return because("expired", "the repository's metadata ended %s: nothing new comes into force", stamp(w.Ends)), false
 	case w.Mode == Manual:
 		return because("manual", "the policy says mode = \"manual\""), false
 	case o.Rollout.NotBefore != nil && now.Before(*o.Rollout.NotBefore):
-		return because("not-before", "its publisher releases it on %s", o.Rollout.NotBefore.UTC().Format(time.RFC3339)), false
+		return because("not-before", "its publisher releases it on %s", stamp(*o.Rollout.NotBefore)), false
 	case d.Place >= o.Rollout.Percent:
 		return because("ring", "its rollout has reached %d %% of devices, this one is at %d", o.Rollout.Percent, d.Place), false
 	}

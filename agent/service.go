@@ -13,7 +13,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"time"
 
 	"hotpatchd/agent/control"
 	"hotpatchd/agent/release"
@@ -216,7 +215,7 @@ func (a *Agent) mayInstall(o repository.Offer) *control.Error {
 	case !a.verdict.Eligible:
 		return &control.Error{Code: control.CodeNotEligible, Text: "the device is not eligible: " + strings.Join(openChecks(a.verdict), ", "), Hint: "hotpatch eligibility says what to do"}
 	case !a.fresh(a.o.Now()) && w.InForce[o.Product] != o.ID && a.local[o.ID].ID == "":
-		return &control.Error{Code: control.CodeConflict, Text: fmt.Sprintf("the repository's metadata ended %s: nothing new is applied", a.expires.UTC().Format(time.RFC3339)), Hint: "hotpatch check; is the clock right?"}
+		return &control.Error{Code: control.CodeConflict, Text: fmt.Sprintf("the repository's metadata ended %s: nothing new is applied", stamp(a.expires)), Hint: "hotpatch check; is the clock right?"}
 	}
 	if p := a.paused(); p.Code != "" {
 		return &control.Error{Code: control.CodeConflict, Text: p.Text, Hint: "hotpatch resume"}

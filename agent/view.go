@@ -83,7 +83,7 @@ func (a *Agent) scan(ctx context.Context) bool {
 	}
 	a.denied = 0
 	for _, p := range a.procs {
-		if p.err != nil && p.info.Image == "" && !neverTouched(p.info) {
+		if errors.Is(p.err, target.ErrDenied) && p.info.Image == "" && !neverTouched(p.info) {
 			a.denied++
 		}
 	}
@@ -296,7 +296,7 @@ func (a *Agent) lost() (r reason) {
 // wishes gathers holds, installs, what is in force and the floors.
 func (a *Agent) wishes() wishes {
 	w := wishes{Products: a.o.Config.Repository.Products, Mode: Automatic, Installed: map[string]bool{}, InForce: map[string]string{},
-		Floors: map[string]uint32{}, Broken: a.broken()}
+		Floors: map[string]uint32{}, Broken: a.broken(), Ends: a.expires}
 	if a.policy != nil && a.policy.Mode != "" {
 		w.Mode = a.policy.Mode
 	}
@@ -330,7 +330,7 @@ func (a *Agent) wishes() wishes {
 	}
 	w.Hold = func(id string) (reason, bool) {
 		if h, ok := holds[id]; ok {
-			text := fmt.Sprintf("held by %s since %s", h.By, h.Since.UTC().Format(time.RFC3339))
+			text := fmt.Sprintf("held by %s since %s", h.By, stamp(h.Since))
 			if h.Reason != "" {
 				text += ": " + h.Reason
 			}

@@ -160,7 +160,7 @@ func month(s string) bool {
 }
 
 func (j judge) rights() Check {
-	readable, remedy := "ask the backend again: restart the daemon and read its log", "run the daemon as root with CAP_SYS_PTRACE, and look at kernel.yama.ptrace_scope"
+	readable, remedy := "ask the backend again: restart the daemon and read its log", "run the daemon as root with CAP_SYS_PTRACE (a unit must name it in CapabilityBoundingSet), and see that kernel.yama.ptrace_scope is below 3"
 	if j.profile != LinuxDevice {
 		remedy = "run the daemon as a service under SYSTEM with SeDebugPrivilege"
 	}

@@ -53,6 +53,7 @@ func strangersStatus(c Caller, d *Status) *Status {
 		Waived:  d.Waived,
 		Fails:   d.Fails,
 		Scanned: d.Scanned,
+		Unseen:  d.Unseen,
 	}
 	if e := d.Repository.Error; e != nil {
 		out.Repository.Error = &RepositoryError{Code: e.Code, Text: scrub(e.Text), Since: e.Since}

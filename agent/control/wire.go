@@ -187,6 +187,7 @@ type Status struct {
 	Waived  []string `json:"waived"`  // checks that fail but are waived by policy
 	Fails   []string `json:"fails"`   // checks that stand in the way
 	Scanned Time     `json:"scanned"` // end of the last complete scan; null before the first
+	Unseen  int      `json:"unseen"`  // processes that the system does not let the daemon look into
 }
 
 // ActiveRelease is a release in force on this device.

@@ -48,7 +48,7 @@ func usagef(format string, args ...any) error { return usageError{fmt.Errorf(for
 
 // complain is the one place where errors are told: one line what failed and on
 // what, one line what to do. It returns the exit code.
-func complain(w io.Writer, err error, jsonOut bool) int {
+func complain(w io.Writer, err error, s *screen, jsonOut bool) int {
 	if err == nil {
 		return exitDone
 	}
@@ -61,9 +61,9 @@ func complain(w io.Writer, err error, jsonOut bool) int {
 		fmt.Fprintf(w, "%s\n", b)
 		return code
 	}
-	fmt.Fprintf(w, "hotpatch: %s\n", oneLine(e.Text))
+	fmt.Fprintf(w, "hotpatch: %s\n", oneLine(s.local(e.Text)))
 	if e.Hint != "" {
-		fmt.Fprintf(w, "hint: %s\n", oneLine(e.Hint))
+		fmt.Fprintf(w, "hint: %s\n", oneLine(s.local(e.Hint)))
 	}
 	return code
 }

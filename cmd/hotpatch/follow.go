@@ -41,7 +41,7 @@ func (s *session) watchCommand() *cobra.Command {
 					_, err = fmt.Fprintf(s.out, "%s\n", b)
 					return err
 				}
-				_, err := io.WriteString(s.out, s.screen.event(e)+"\n")
+				_, err := io.WriteString(s.out, s.screen.local(s.screen.event(e))+"\n")
 				return err
 			})
 		},
@@ -65,7 +65,7 @@ func (s *session) watchScreen(ctx context.Context) error {
 	for {
 		d, err := s.client.Processes(ctx, control.ProcessQuery{})
 		if err == nil {
-			_, err = io.WriteString(s.out, "\x1b[H\x1b[2J"+s.screen.processes(d, control.ProcessQuery{}, false))
+			_, err = io.WriteString(s.out, "\x1b[H\x1b[2J"+s.screen.local(s.screen.processes(d, control.ProcessQuery{}, false)))
 		}
 		if err != nil && ctx.Err() == nil {
 			return err

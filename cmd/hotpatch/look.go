@@ -46,7 +46,7 @@ func (s *session) show(doc any, text func() string) error {
 		_, err = fmt.Fprintf(s.out, "%s\n", b)
 		return err
 	}
-	_, err := io.WriteString(s.out, text())
+	_, err := io.WriteString(s.out, s.screen.local(text()))
 	return err
 }
 

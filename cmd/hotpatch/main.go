@@ -76,7 +76,7 @@ func command(ctx context.Context, args []string, stdout, stderr io.Writer, geten
 	if errors.As(err, &verdict) {
 		return int(verdict)
 	}
-	return complain(stderr, err, s.jsonOut)
+	return complain(stderr, err, s.screen, s.jsonOut)
 }
 
 // terminal tells whether a person is looking.

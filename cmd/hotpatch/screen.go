@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"regexp"
 	"strings"
 	"time"
 	"unicode"
@@ -211,6 +212,20 @@ func (s *screen) date(t control.Time, now control.Time) string {
 		return l.Format("2 Jan 15:04")
 	}
 	return l.Format("2 Jan 2006 15:04")
+}
+
+// stamps are times as the daemon writes them into its sentences.
+var stamps = regexp.MustCompile(`\b[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z`)
+
+// local puts the times in a text into the reader's own zone, written as on every screen.
+func (s *screen) local(text string) string {
+	return stamps.ReplaceAllStringFunc(text, func(m string) string {
+		t, err := time.Parse(time.RFC3339, m)
+		if err != nil {
+			return m
+		}
+		return t.In(s.zone).Format("2 Jan 2006 15:04")
+	})
 }
 
 // day is a local date.

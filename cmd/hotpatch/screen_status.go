@@ -112,6 +112,10 @@ func (s *screen) sentence(st *control.Status) (colour, text string) {
 	case control.RestartRequired:
 		return fair, "Only a restart of the device ends what is open; hotpatchd does not do that by itself." + openPart(open, c.Images)
 	case control.Incomplete:
+		if open == 0 && st.Unseen > 0 {
+			return bad, fmt.Sprintf("%s could not be looked into: whether %s fixed code is not known. %d of %s that can be seen %s fixed code.",
+				processes(st.Unseen), verb(st.Unseen, "it runs", "they run"), well, many(c.Images, "image"), verb(well, "runs", "run"))
+		}
 		return bad, fmt.Sprintf("%d of %s still %s vulnerable code.%s", open, many(c.Images, "image"), verb(open, "runs", "run"), restart)
 	case control.Pending:
 		return fair, fmt.Sprintf("%d of %s %s still to be patched; work is under way.%s", c.Pending, many(c.Images, "image"), verb(c.Pending, "is", "are"), restart)

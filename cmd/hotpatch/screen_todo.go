@@ -41,9 +41,9 @@ func (s *screen) toDo(p *page, st *control.Status, rows []exception) {
 		}
 		text := a.Text
 		if r, ok := remedies[control.Remedy(a.Remedy)]; ok {
-			text += ": " + r
+			text += "; " + r
 		} else if a.Remedy != "" && a.Remedy != "none" {
-			text += ": " + a.Remedy
+			text += "; " + a.Remedy
 		}
 		cells = append(cells, []string{a.Severity, text})
 	}

@@ -71,6 +71,11 @@ func screens() map[string]string {
 	other := wellStatus()
 	other.Coverage = coverage(map[control.ImageState]int{control.Patched: 39, control.OtherBuild: 2}, 38)
 	all["status-other-build"] = s.status(other, nil)
+	blind := wellStatus()
+	blind.State, blind.Unseen = control.Incomplete, 3
+	blind.Attention = []control.Attention{{Code: "not-looked-into", Severity: control.SeverityWarning, Text: "processes that could not be looked into, because the system refuses access: 3",
+		Remedy: "the backend may reach: only processes of uid 1000: CAP_SYS_PTRACE is missing"}}
+	all["status-unseen"] = s.status(blind, nil)
 	up := wellStatus()
 	up.State, up.Coverage, up.Releases, up.Release = control.UpToDate, control.Coverage{}, nil, nil
 	all["status-up-to-date"] = s.status(up, nil)
@@ -231,6 +236,20 @@ func TestShortenAndWrap(t *testing.T) {
 			if len(l) > 40 && strings.Contains(strings.TrimSpace(l), " ") {
 				t.Errorf("%q is too long", l)
 			}
+		}
+	}
+}
+
+// A time in a sentence of the daemon is written as every other one on the screen.
+func TestTimesInSentences(t *testing.T) {
+	s := newScreen(false, time.FixedZone("", 2*60*60))
+	for in, want := range map[string]string{
+		"metadata ended 2026-11-22T23:30:00Z: nothing": "metadata ended 23 Nov 2026 01:30: nothing",
+		"held since 2026-99-22T23:30:00Z":              "held since 2026-99-22T23:30:00Z",
+		"CVE-2026-1234":                                "CVE-2026-1234",
+	} {
+		if got := s.local(in); got != want {
+			t.Errorf("%q, wanted %q", got, want)
 		}
 	}
 }

@@ -40,7 +40,7 @@ func (r root) collect(ctx context.Context, uname name, rights func(context.Conte
 		eligibility.Version: fromUname(uname, uname.release),
 		eligibility.Arch:    fromUname(uname, goArch(uname.machine)),
 		eligibility.Edition: r.distribution(),
-		eligibility.Rights:  askRights(ctx, rights),
+		eligibility.Rights:  r.blind(askRights(ctx, rights)),
 	}
 	return f
 }
@@ -136,6 +136,39 @@ func askRights(ctx context.Context, ask func(context.Context) (string, error)) e
 		return eligibility.Fact{Known: true, Value: eligibility.Denied, Text: err.Error(), Source: "backend"}
 	}
 	return eligibility.Fact{Known: true, Value: eligibility.Granted, Text: sentence, Source: "backend"}
+}
+
+// capSysPtrace is the number of CAP_SYS_PTRACE (capabilities(7)).
+const capSysPtrace = 19
+
+// blind denies the rights of a daemon that runs as root and yet may not look
+// into the processes of others: a unit that restricts capabilities, a container.
+// A trial on a child of ours does not show it. An ordinary user's daemon is for
+// that user's processes and is not meant.
+func (r root) blind(f eligibility.Fact) eligibility.Fact {
+	if f.Value != eligibility.Granted {
+		return f
+	}
+	text, err := r.read("proc/self/status")
+	if err != nil {
+		return f
+	}
+	fields := map[string][]string{}
+	for line := range strings.Lines(text) {
+		if key, value, ok := strings.Cut(line, ":"); ok {
+			fields[key] = strings.Fields(value)
+		}
+	}
+	uid, caps := fields["Uid"], fields["CapEff"]
+	if len(uid) < 2 || uid[1] != "0" || len(caps) != 1 {
+		return f
+	}
+	effective, err := strconv.ParseUint(caps[0], 16, 64)
+	if err != nil || effective>>capSysPtrace&1 != 0 {
+		return f
+	}
+	return eligibility.Fact{Known: true, Value: eligibility.Denied, Source: "/proc/self/status",
+		Text: "root without CAP_SYS_PTRACE: most processes cannot be looked into"}
 }
 
 // deviceID hashes the first machine id that is there. An id that is there but

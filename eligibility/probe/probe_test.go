@@ -74,6 +74,29 @@ func TestWhatCannotBeReadIsNotKnown(t *testing.T) {
 	}
 }
 
+// Root whose unit takes CAP_SYS_PTRACE away sees little, and a trial on its own child does not show it.
+func TestBlindRoot(t *testing.T) {
+	granted := func(context.Context) (string, error) { return "all processes", nil }
+	for _, c := range []struct{ status, want string }{
+		{"Name:\tx\nUid:\t0\t0\t0\t0\nCapEff:\t000001ffffffffff\n", eligibility.Granted},
+		{"Name:\tx\nUid:\t0\t0\t0\t0\nCapEff:\t000001fffff7ffff\n", eligibility.Denied},
+		{"Name:\tx\nUid:\t1000\t0\t0\t0\nCapEff:\t0000000000000000\n", eligibility.Denied},
+		{"Name:\tx\nUid:\t0\t1000\t0\t0\nCapEff:\t0000000000000000\n", eligibility.Granted}, // an ordinary user's
+		{"Uid:\t0\t0\t0\t0\nCapEff:\tnonsense\n", eligibility.Granted},
+		{"", eligibility.Granted},
+	} {
+		f := files(map[string]string{"proc/self/status": c.status}).collect(t.Context(), name{}, granted)[eligibility.Rights]
+		if f.Value != c.want || !f.Known {
+			t.Errorf("%q: %+v", c.status, f)
+		}
+	}
+	refused := files(map[string]string{"proc/self/status": "Uid:\t0\t0\nCapEff:\t0\n"}).collect(t.Context(), name{},
+		func(context.Context) (string, error) { return "", errors.New("yama") })[eligibility.Rights]
+	if refused.Text != "yama" {
+		t.Errorf("the backend's own word is lost: %+v", refused)
+	}
+}
+
 // A hostile os-release must not reach a terminal as control sequences.
 func TestTextIsFitForATerminal(t *testing.T) {
 	got := osRelease("NAME=\"a\x1b[2Jb\u202e" + strings.Repeat("x", 1000) + "\"\n")["NAME"]
