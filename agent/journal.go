@@ -158,7 +158,7 @@ func historyOf(r patcher.Record, info target.Info) (control.HistoryEntry, bool) 
 
 func stamped(e control.HistoryEntry, by control.Caller, a *Agent) control.HistoryEntry {
 	e.Time = control.At(a.o.Now())
-	e.Caller = control.HistoryCaller{UID: by.UID, GID: by.GID, User: by.User, PID: by.PID}
+	e.Caller = control.HistoryCaller{UID: by.UID, GID: by.GID, User: by.User, SID: by.SID, PID: by.PID}
 	return e
 }
 

@@ -95,7 +95,7 @@ func TestEveryRouteForEveryCaller(t *testing.T) {
 				var doc errorDoc
 				if err := json.Unmarshal([]byte(body), &doc); err != nil || doc.Error == nil || doc.Error.Code != CodeNotPermitted {
 					t.Errorf("%s: refused with %s", name, body)
-				} else if !strings.Contains(doc.Error.Text, "needs root or membership in the group hotpatch; you are alice") {
+				} else if !strings.Contains(doc.Error.Text, "needs "+rootName+" or membership in the group hotpatch; you are alice") {
 					t.Errorf("%s: says %q", name, doc.Error.Text)
 				}
 				continue
@@ -120,7 +120,7 @@ func TestEveryRouteForEveryCaller(t *testing.T) {
 	if !slices.Equal(table, listed) {
 		t.Errorf("routes  %v\ntested  %v", table, listed)
 	}
-	if !strings.Contains(r.reported(), "alice: pause needs root") {
+	if !strings.Contains(r.reported(), "alice: pause needs "+rootName) {
 		t.Errorf("refusals were not reported: %s", r.reported())
 	}
 }

@@ -4,8 +4,6 @@ import (
 	"context"
 	"fmt"
 	"net"
-	"os"
-	"path/filepath"
 	"reflect"
 	"strings"
 	"sync"
@@ -248,7 +246,7 @@ func (r *running) reported() string {
 func start(t *testing.T, tweak func(*Server)) *running {
 	t.Helper()
 	r := &running{fake: &fakeService{live: make(chan Event), left: make(chan bool, 100)}, caller: rootCaller}
-	r.socket = filepath.Join(shortDir(t), "c.sock")
+	r.socket = address(t)
 	r.Server = NewServer(Config{Service: r.fake, Group: "hotpatch", Version: "1.2", Now: func() time.Time { return testNow },
 		Report: func(c Caller, err error) {
 			r.mu.Lock()
@@ -281,17 +279,4 @@ func start(t *testing.T, tweak func(*Server)) *running {
 		}
 	})
 	return r
-}
-
-// shortDir is a folder whose sockets have short enough paths, and that other users may enter.
-func shortDir(t *testing.T) string {
-	dir, err := os.MkdirTemp("", "hpc")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Chmod(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return dir
 }

@@ -22,7 +22,7 @@ const deadline = 20 * time.Second
 // raw sends bytes and reads the answer as far as it comes.
 func (r *running) raw(t *testing.T, send string) (status int, body string, err error) {
 	t.Helper()
-	c, err := net.Dial("unix", r.socket)
+	c, err := dial(t.Context(), r.socket)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -142,7 +142,7 @@ func TestSlowPeersAreCutOff(t *testing.T) {
 		"half head": "GET /v1/status HTTP/1.1\r\nHost: hot",
 		"half body": "POST /v1/rollback HTTP/1.1\r\nHost: hotpatchd\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{\"id\":",
 	} {
-		c, err := net.Dial("unix", r.socket)
+		c, err := dial(t.Context(), r.socket)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -165,7 +165,7 @@ func TestManyConnectionsOfOneUser(t *testing.T) {
 		}
 	}()
 	for range maxConnsPerUser {
-		c, err := net.Dial("unix", r.socket)
+		c, err := dial(t.Context(), r.socket)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -363,7 +363,7 @@ func TestPanicInTheServiceEndsOneCall(t *testing.T) {
 // up nobody.
 func TestReaderThatDoesNotRead(t *testing.T) {
 	r := start(t, func(s *Server) { s.writeWait = 200 * time.Millisecond })
-	c, err := net.Dial("unix", r.socket)
+	c, err := dial(t.Context(), r.socket)
 	if err != nil {
 		t.Fatal(err)
 	}

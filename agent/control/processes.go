@@ -169,6 +169,7 @@ type HistoryCaller struct {
 	UID  int    `json:"uid"`
 	GID  int    `json:"gid"`
 	User string `json:"user"`
+	SID  string `json:"sid,omitempty"` // Windows only
 	PID  int    `json:"pid"`
 }
 

@@ -223,9 +223,9 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
 
 func (s *Server) notPermitted(c Caller, rt route) *Error {
 	action := rt.path[len("/v1/"):]
-	e := Errorf(CodeNotPermitted, "%s needs root; you are %s", action, c.User)
+	e := Errorf(CodeNotPermitted, "%s needs %s; you are %s", action, rootName, c.User)
 	if s.cfg.Group != "" {
-		e = Errorf(CodeNotPermitted, "%s needs root or membership in the group %s; you are %s", action, s.cfg.Group, c.User)
+		e = Errorf(CodeNotPermitted, "%s needs %s or membership in the group %s; you are %s", action, rootName, s.cfg.Group, c.User)
 	}
 	s.report(c, e)
 	return e

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
@@ -127,9 +126,10 @@ func TestShutdownEndsStreams(t *testing.T) {
 }
 
 func TestNobodyListens(t *testing.T) {
-	c := Dial(filepath.Join(shortDir(t), "none.sock"))
+	socket := address(t)
+	c := Dial(socket)
 	_, err := c.Status(context.Background())
-	if !errors.Is(err, ErrNotReachable) || !strings.Contains(err.Error(), "none.sock") {
+	if !errors.Is(err, ErrNotReachable) || !strings.Contains(err.Error(), socket) {
 		t.Errorf("got %v", err)
 	}
 	if err := c.Events(context.Background(), nil, nil); !errors.Is(err, ErrNotReachable) {

@@ -7,11 +7,15 @@ import (
 )
 
 // Caller is who asks, as the kernel reports it. PID is for the history only: a
-// pid can be reused and decides nothing.
+// pid can be reused and decides nothing. On Windows UID is SIDNumber of the SID,
+// 0 for SYSTEM and who acts as an administrator; GID is -1.
 type Caller struct {
 	UID, GID, PID int
-	User          string // name, or the number where there is no name
+	User          string // name, or the number (the SID) where there is no name
+	SID           string // Windows only
 	Admin         bool   // may change things and see all
+
+	groups string // Windows only: the SIDs of the groups in force for him, between spaces
 }
 
 // Service is what the daemon offers. The server asks it only for what the

@@ -18,6 +18,9 @@ import (
 
 const defaultSocket = "/run/hotpatchd/control.sock"
 
+// rootName is what changing things needs besides the group, in refusals.
+const rootName = "root"
+
 // dialWait bounds a connection to a local socket: it is made at once, unless
 // the daemon's queue is full.
 const dialWait = 5 * time.Second

@@ -240,3 +240,19 @@ func TestManyDaemonsStartAtOnce(t *testing.T) {
 		winners[0].Close()
 	}
 }
+
+// address is where a test may listen.
+func address(t *testing.T) string { return filepath.Join(shortDir(t), "c.sock") }
+
+// shortDir is a folder whose sockets have short enough paths, and that other users may enter.
+func shortDir(t *testing.T) string {
+	dir, err := os.MkdirTemp("", "hpc")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}

@@ -10,6 +10,8 @@ import (
 
 const defaultSocket = "/var/run/hotpatchd/control.sock"
 
+const rootName = "root"
+
 // errSystem: who calls decides what he may do, and only Linux and Windows are asked for it yet.
 var errSystem = Errorf(CodeUnavailable, "the control socket is for Linux")
 
