@@ -207,7 +207,7 @@ func (m *Manifest) normalize() error {
 	return json.Unmarshal(b, &m.Info)
 }
 
-// tomlError tells where and what, in one line.
+// tomlError tells where and what, in one line and in words of the format.
 func tomlError(err error) error {
 	var unknown *toml.StrictMissingError
 	if errors.As(err, &unknown) && len(unknown.Errors) > 0 {
@@ -215,9 +215,39 @@ func tomlError(err error) error {
 		return fmt.Errorf("line %d, column %d: there is no field %q", row, column, strings.Join(unknown.Errors[0].Key(), "."))
 	}
 	var bad *toml.DecodeError
-	if errors.As(err, &bad) {
-		row, column := bad.Position()
-		return fmt.Errorf("line %d, column %d: %s", row, column, strings.TrimPrefix(bad.Error(), "toml: "))
+	if !errors.As(err, &bad) {
+		return err
 	}
-	return err
+	row, column := bad.Position()
+	text := strings.TrimPrefix(bad.Error(), "toml: ")
+	key := strings.Join(bad.Key(), ".")
+	if rest, ok := strings.CutPrefix(text, "cannot decode TOML "); ok && key != "" {
+		is, rest, _ := strings.Cut(rest, " into ")
+		_, wanted, _ := strings.Cut(rest, " of type ")
+		text = fmt.Sprintf("%s cannot be of type %s, wanted %s", key, is, tomlWord(wanted))
+	} else if value, wanted, ok := strings.Cut(text, " cannot be stored in "); ok && key != "" {
+		text = fmt.Sprintf("%s: %s, wanted %s", key, value, tomlWord(wanted))
+	}
+	return fmt.Errorf("line %d, column %d: %s", row, column, text)
+}
+
+// tomlWord is what an author calls a type of Go.
+func tomlWord(t string) string {
+	switch t {
+	case "string":
+		return `text in quotation marks`
+	case "[]string":
+		return `a list of texts: ["…", "…"]`
+	case "uint16":
+		return "a number from 0 to 65535"
+	case "uint32":
+		return "a number from 0 to 4294967295"
+	case "int64", "uint64":
+		return "a whole number, not negative"
+	case "[]release.Image", "release.Image":
+		return "tables that begin with [[images]]"
+	case "[]release.File", "release.File":
+		return "tables that begin with [[files]]"
+	}
+	return "a table"
 }

@@ -93,8 +93,17 @@ func load(role string, data []byte, twins []SymbolFile) (*file, error) {
 	return f, nil
 }
 
+// programDatabases begin so: MSF containers (LLVM, "The MSF File Format") and
+// portable ones (ECMA-335 II.24.2.1).
+var programDatabases = []string{"Microsoft C/C++ MSF 7.00\r\n\x1aDS", "Microsoft C/C++ program database", "BSJB"}
+
 // twin reads the symbols of an unstripped copy after comparing every section.
 func (f *file) twin(t SymbolFile) ([]pe.Symbol, error) {
+	for _, magic := range programDatabases {
+		if bytes.HasPrefix(t.Data, []byte(magic)) {
+			return nil, refuse(CodeSymbolFile, t.Name, "", 0, "%s is a program database (PDB), which is not read: give an image with COFF symbols (link the base with lld-link /debug:symtab or GNU ld, and keep a copy from before strip)", t.Name)
+		}
+	}
 	im, err := pe.Parse(bytes.NewReader(t.Data), int64(len(t.Data)))
 	if err != nil {
 		return nil, damaged(t.Name, err)
