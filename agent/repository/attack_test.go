@@ -124,7 +124,7 @@ func TestExpired(t *testing.T) {
 			mustRefresh(t, c)
 			f.now = start.Add(DefaultExpires + 25*time.Hour)
 			e := refused(t, c, CodeExpired)
-			want := "timestamp.json ended 10 Dec 2026; this clock says 11 Dec 2026. Either the publisher has stopped signing or the clock is ahead"
+			want := "timestamp.json ended 10 Dec 2026 12:00 UTC; this clock says 11 Dec 2026 13:00 UTC. Either the publisher has stopped signing or the clock is ahead"
 			if e.Text != want || !errors.Is(e, &metadata.ErrExpiredMetadata{}) {
 				t.Errorf("%q", e.Text)
 			}

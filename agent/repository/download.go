@@ -190,7 +190,7 @@ func (c *Client) VerifyFile(b []byte) (Offer, error) {
 		return Offer{}, err
 	}
 	if now := c.cfg.Now(); catalog.Ended(now) {
-		return Offer{}, fail(CodeExpired, nil, "the metadata that names %s ended %s; this clock says %s", o.ID, day(catalog.Expires), day(now)).
+		return Offer{}, fail(CodeExpired, nil, "the metadata that names %s ended %s; this clock says %s", o.ID, moment(catalog.Expires), moment(now)).
 			hint("hotpatch check")
 	}
 	return o, nil

@@ -60,8 +60,9 @@ func CodeOf(err error) string {
 
 const hintStays = "applied fixes stay"
 
-// day is how sentences give dates.
-func day(t time.Time) string { return t.UTC().Format("2 Jan 2006") }
+// day is how sentences give dates, moment how they give what a few hours decide.
+func day(t time.Time) string    { return t.UTC().Format("2 Jan 2006") }
+func moment(t time.Time) string { return t.UTC().Format("2 Jan 2006 15:04 UTC") }
 
 // explain turns what go-tuf says into the trouble it means. What was verified
 // before the failure is in set, what was downloaded last in s.
@@ -73,7 +74,7 @@ func (s *session) explain(err error, set *trustedSet) *Error {
 	case errors.Is(err, &metadata.ErrExpiredMetadata{}):
 		name, ended := s.expired(set)
 		return fail(CodeExpired, err, "%s ended %s; this clock says %s. Either the publisher has stopped signing or the clock is ahead",
-			name, day(ended), day(s.at)).hint("compare this clock with another; %s", hintStays)
+			name, moment(ended), moment(s.at)).hint("compare this clock with another; %s", hintStays)
 	case errors.Is(err, &metadata.ErrUnsignedMetadata{}):
 		return fail(CodeSignature, err, "%s is not signed by the keys that this device trusts", s.last).hint(hintStays)
 	case errors.Is(err, &metadata.ErrBadVersionNumber{}), errors.Is(err, &metadata.ErrLengthOrHashMismatch{}):

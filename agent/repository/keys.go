@@ -102,7 +102,7 @@ func LoadKeys(dir string) (Keys, error) {
 		keys[role] = append(keys[role], key)
 	}
 	if len(keys) == 0 {
-		return nil, fmt.Errorf("%s holds no key: root.pem, targets.pem, snapshot.pem, timestamp.pem", dir)
+		return nil, fmt.Errorf("%s holds no key: none of root.pem, targets.pem, snapshot.pem, timestamp.pem", dir)
 	}
 	return keys, nil
 }
@@ -165,7 +165,8 @@ func sign[T metadata.Roles](meta *metadata.Metadata[T], role string, root *metad
 		}
 	}
 	if need := root.Signed.Roles[role].Threshold; len(meta.Signatures) < need {
-		return fmt.Errorf("%s.json needs %d signatures, and of the keys that root.json names for it %d are at hand", role, need, len(meta.Signatures))
+		return fmt.Errorf("%s.json needs %d signatures, and of the keys that root.json names for it %d are at hand: give the folder with %s.pem (several keys: %s-NAME.pem)",
+			role, need, len(meta.Signatures), role, role)
 	}
 	return nil
 }

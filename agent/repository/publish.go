@@ -22,8 +22,8 @@ import (
 const (
 	DefaultExpires = 30 * 24 * time.Hour
 	longExpires    = 365 * 24 * time.Hour
-	renewBefore    = 60 * 24 * time.Hour // root and targets are signed anew this long before they end, where their keys are at hand
-	warnBefore     = 30 * 24 * time.Hour
+	renewBefore    = longExpires / 4    // root and targets are signed anew this long before they end where their keys are at hand; else a warning says so
+	soonBefore     = DefaultExpires / 4 // timestamp and snapshot end soon from then on
 )
 
 // PublishOptions are the same for Publish and Refresh.
@@ -84,7 +84,7 @@ func Publish(dir string, keys Keys, releases [][]byte, opts PublishOptions) (Res
 }
 
 // Refresh signs snapshot and timestamp anew, and root and targets as well if
-// they end within two months and their keys are at hand.
+// they end within a quarter of a year and their keys are at hand.
 func Refresh(dir string, keys Keys, opts PublishOptions) (Result, error) {
 	p, unlock, err := open(dir, keys, opts, false)
 	if err != nil {
@@ -142,7 +142,7 @@ func (p *publisher) create() error {
 	root := metadata.Root(p.opts.Now.Add(longExpires))
 	for _, role := range Roles {
 		if len(p.keys[role]) == 0 {
-			return fmt.Errorf("there is no repository in %s, and a new one needs a key for %s", p.dir, role)
+			return fmt.Errorf("there is no repository in %s, and a new one needs a key for %s: %s.pem in the folder of keys", p.dir, role, role)
 		}
 		for _, key := range p.keys[role] {
 			k, _, err := tufKey(key)
@@ -359,20 +359,41 @@ func metaFile(version int64, b []byte) (*metadata.MetaFiles, error) {
 
 func (p *publisher) report() Result {
 	p.res.Expires, p.res.ExpiresIn = p.set.ends()
-	p.res.Warnings = append(p.res.Warnings, p.set.warnings(p.opts.Now)...)
+	p.res.Warnings = append(p.res.Warnings, p.set.warnings(p.opts.Now, min(soonBefore, p.opts.Expires/4))...)
 	return p.res
 }
 
-// warnings names the long-lived roles that end soon.
-func (t *trustedSet) warnings(now time.Time) []string {
+// warnings names the roles that end soon or have ended, and what signs them
+// anew. soon is for timestamp and snapshot, which each refresh signs.
+func (t *trustedSet) warnings(now time.Time, soon time.Duration) []string {
 	list := []string{}
 	for _, r := range []struct {
 		role    string
 		expires time.Time
-	}{{metadata.ROOT, t.root.Signed.Expires}, {metadata.TARGETS, t.targets.Signed.Expires}} {
-		if left := r.expires.Sub(now); left < warnBefore {
-			list = append(list, fmt.Sprintf("%s.json ends %s, in %d days: run refresh or publish with the %s key", r.role, day(r.expires), int(left.Hours()/24), r.role))
+		soon    time.Duration
+	}{{metadata.TIMESTAMP, t.timestamp.Signed.Expires, soon}, {metadata.SNAPSHOT, t.snapshot.Signed.Expires, soon},
+		{metadata.TARGETS, t.targets.Signed.Expires, renewBefore}, {metadata.ROOT, t.root.Signed.Expires, renewBefore}} {
+		keys := "snapshot.pem and timestamp.pem"
+		if r.soon == renewBefore {
+			keys = "snapshot.pem, timestamp.pem and " + r.role + ".pem"
+		}
+		if r.role == metadata.SNAPSHOT && r.expires.Equal(t.timestamp.Signed.Expires) {
+			continue // signed together, said once
+		}
+		switch left := r.expires.Sub(now); {
+		case left <= 0:
+			list = append(list, fmt.Sprintf("%s.json ended %s, and devices take nothing new: run hotpatch-build refresh with %s in KEYS", r.role, moment(r.expires), keys))
+		case left < r.soon:
+			list = append(list, fmt.Sprintf("%s.json ends %s, in %s: run hotpatch-build refresh with %s in KEYS", r.role, moment(r.expires), inWords(left), keys))
 		}
 	}
 	return list
+}
+
+// inWords is a time left, in days, or in hours where days say nothing.
+func inWords(d time.Duration) string {
+	if d < 48*time.Hour {
+		return fmt.Sprintf("%d hours", int(d.Hours()))
+	}
+	return fmt.Sprintf("%d days", int(d.Hours()/24))
 }

@@ -244,7 +244,8 @@ func TestRefreshSigns(t *testing.T) {
 	// Close to the end of root and targets: renewed with the keys, told without.
 	f.now = start.Add(longExpires - 10*24*time.Hour)
 	res, err := Refresh(f.dir, online, f.options())
-	if err != nil || len(res.Warnings) != 2 || !strings.Contains(res.Warnings[0], "root.json ends") {
+	if err != nil || len(res.Warnings) != 2 || !strings.Contains(res.Warnings[0], "targets.json ends 10 Nov 2027 12:00 UTC, in 10 days: run hotpatch-build refresh with snapshot.pem, timestamp.pem and targets.pem") ||
+		!strings.Contains(res.Warnings[1], "root.json ends") {
 		t.Fatalf("%+v %v", res, err)
 	}
 	if res, err = Refresh(f.dir, f.keys, f.options()); err != nil || len(res.Warnings) != 0 {
@@ -296,7 +297,7 @@ func TestVerifyReportsDamage(t *testing.T) {
 	if _, err := Verify(f.dir, start.Add(31*24*time.Hour)); CodeOf(err) != CodeExpired {
 		t.Errorf("%v", err)
 	}
-	report, err = Verify(f.dir, start.Add(29*24*time.Hour))
+	report, err = Verify(f.dir, start.Add(20*24*time.Hour))
 	if err != nil || report.Expires["timestamp"] != "2026-12-10T12:00:00Z" || len(report.Warnings) != 0 {
 		t.Errorf("%+v %v", report, err)
 	}
@@ -395,5 +396,51 @@ func TestOtherSequence(t *testing.T) {
 		!strings.Contains(r.Releases[1].Problem, "the release has sequence 3, but images/app-1.dll was made with sequence 1") ||
 		!strings.Contains(r.Releases[2].Problem, "time stamp") {
 		t.Errorf("%+v %v", r, err)
+	}
+}
+
+// TestEndsSoon: what ends within a quarter of its time is named by verify, with
+// the command, and that command renews it; what has ended is said by publish.
+func TestEndsSoon(t *testing.T) {
+	f := newFixture(t)
+	warnings := func(at time.Time) []string {
+		t.Helper()
+		r, err := Verify(f.dir, at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r.Warnings
+	}
+	if w := warnings(start.Add(22 * 24 * time.Hour)); len(w) != 0 {
+		t.Errorf("early: %q", w)
+	}
+	if w := warnings(start.Add(23 * 24 * time.Hour)); len(w) != 1 || w[0] != "timestamp.json ends 10 Dec 2026 12:00 UTC, in 7 days: run hotpatch-build refresh with snapshot.pem and timestamp.pem in KEYS" {
+		t.Errorf("in time: %q", w)
+	}
+	f.now = start.Add(31 * 24 * time.Hour)
+	res, err := Publish(f.dir, f.keys, [][]byte{container(t, "ACME-1", 1, 5000)}, f.options())
+	if err != nil || res.Changed || len(res.Unchanged) != 1 || len(res.Warnings) != 1 ||
+		res.Warnings[0] != "timestamp.json ended 10 Dec 2026 12:00 UTC, and devices take nothing new: run hotpatch-build refresh with snapshot.pem and timestamp.pem in KEYS" {
+		t.Errorf("a known release into an expired repository: %+v %v", res, err)
+	}
+	f.now = start.Add(longExpires - renewBefore + time.Hour)
+	online := Keys{metadata.SNAPSHOT: f.keys[metadata.SNAPSHOT], metadata.TIMESTAMP: f.keys[metadata.TIMESTAMP]}
+	if _, err := Refresh(f.dir, online, f.options()); err != nil {
+		t.Fatal(err)
+	}
+	if w := warnings(f.now); len(w) != 2 || !strings.Contains(w[0], "targets.json ends") || !strings.Contains(w[1], "root.json ends") || !strings.Contains(w[1], "root.pem") {
+		t.Errorf("the long ones: %q", w)
+	}
+	if _, err := Refresh(f.dir, f.keys, f.options()); err != nil {
+		t.Fatal(err)
+	}
+	if w := warnings(f.now); len(w) != 0 {
+		t.Errorf("renewed: %q", w)
+	}
+	// 12 hours are short, but not soon after they began.
+	opts := f.options()
+	opts.Expires = 12 * time.Hour
+	if res, err := Refresh(f.dir, online, opts); err != nil || len(res.Warnings) != 0 {
+		t.Errorf("%+v %v", res, err)
 	}
 }

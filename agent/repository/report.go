@@ -57,7 +57,7 @@ func Verify(dir string, now time.Time) (Report, error) {
 	}
 	r := Report{Root: set.root.Signed.Version, Timestamp: set.timestamp.Signed.Version,
 		Snapshot: set.snapshot.Signed.Version, Targets: set.targets.Signed.Version,
-		Expires: map[string]string{}, Releases: []TargetReport{}, Warnings: set.warnings(now)}
+		Expires: map[string]string{}, Releases: []TargetReport{}, Warnings: set.warnings(now, soonBefore)}
 	for role, at := range map[string]time.Time{metadata.ROOT: set.root.Signed.Expires, metadata.TARGETS: set.targets.Signed.Expires,
 		metadata.SNAPSHOT: set.snapshot.Signed.Expires, metadata.TIMESTAMP: set.timestamp.Signed.Expires} {
 		r.Expires[role] = at.UTC().Format(time.RFC3339)

@@ -378,7 +378,7 @@ func TestTLS(t *testing.T) {
 		t.Errorf("%+v", e)
 	}
 	f.now = time.Date(2010, 1, 1, 0, 0, 0, 0, time.UTC)
-	if e := refused(t, client(s.URL, caFile), CodeClock); e.Text != "certificate is not valid before 3 Nov 2026, but this clock says 1 Jan 2010" {
+	if e := refused(t, client(s.URL, caFile), CodeClock); e.Text != "certificate is not valid before 3 Nov 2026 12:00 UTC, but this clock says 1 Jan 2010 00:00 UTC" {
 		t.Errorf("%+v", e)
 	}
 	f.now = start.Add(2 * 365 * 24 * time.Hour)

@@ -27,10 +27,10 @@ func (t *transport) connectError(ctx context.Context, name string, err error) *E
 		return fail(CodeTLS, err, "the server's certificate is signed by %q, which this machine does not trust", issuer(unknownCA.Cert)).hint("[repository] ca_file")
 	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
 		if now := t.now(); now.Before(invalid.Cert.NotBefore) {
-			return fail(CodeClock, err, "certificate is not valid before %s, but this clock says %s", day(invalid.Cert.NotBefore), day(now)).
+			return fail(CodeClock, err, "certificate is not valid before %s, but this clock says %s", moment(invalid.Cert.NotBefore), moment(now)).
 				hint("set the clock; %s", hintStays)
 		}
-		return fail(CodeTLS, err, "the server's certificate ended %s; this clock says %s", day(invalid.Cert.NotAfter), day(t.now())).hint(hintStays)
+		return fail(CodeTLS, err, "the server's certificate ended %s; this clock says %s", moment(invalid.Cert.NotAfter), moment(t.now())).hint(hintStays)
 	case errors.As(err, &wrongHost):
 		return fail(CodeTLS, err, "the server's certificate is not for %s", host)
 	case errors.As(err, &invalid), errors.As(err, &record), errors.Is(err, http.ErrSchemeMismatch),
