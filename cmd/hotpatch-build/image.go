@@ -1,16 +1,20 @@
 package main
 
 import (
+	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
 
 	"hotpatchd/agent/release"
 	"hotpatchd/patcher/build"
+	"hotpatchd/pe"
 )
 
 // maxInput bounds every file that is read whole: larger images than any release may hold are a mistake.
@@ -19,7 +23,8 @@ const maxInput = release.MaxExpanded
 func imageCommand() *cobra.Command {
 	var base, fix, out, name string
 	var symbols, functions []string
-	var sequence uint32
+	var number sequence
+	var asJSON bool
 	c := &cobra.Command{
 		Use:   "image --base app.dll --fix fix.dll --sequence N -o OUT",
 		Short: "make a hotpatch image of a base and a fix",
@@ -32,7 +37,7 @@ imports from the base's own name (see implib), and by imports both have. Beside
 OUT goes OUT` + release.BaseSuffix + `, the identity of the base, which "release" reads.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			o := build.Options{Sequence: sequence, BaseName: name}
+			o := build.Options{Sequence: uint32(number), BaseName: name}
 			var err error
 			if o.Base, err = readInput(base); err != nil {
 				return err
@@ -73,7 +78,7 @@ OUT goes OUT` + release.BaseSuffix + `, the identity of the base, which "release
 			if err := writeOutput(out, r.DLL); err != nil {
 				return err
 			}
-			return printImage(cmd, out, r)
+			return printImage(cmd, out, r, asJSON)
 		},
 	}
 	f := c.Flags()
@@ -82,16 +87,42 @@ OUT goes OUT` + release.BaseSuffix + `, the identity of the base, which "release
 	f.StringVar(&name, "name", "", "DLL name of the base, where it differs from the file's")
 	f.StringArrayVar(&symbols, "symbols", nil, "unstripped twin of the base (may be repeated)")
 	f.StringArrayVar(&functions, "function", nil, "NAME or NAME=NEWNAME to replace (may be repeated)")
-	f.Uint32Var(&sequence, "sequence", 0, "sequence number of the release, from 1")
+	f.Var(&number, "sequence", "sequence number of the release, from 1")
 	f.StringVarP(&out, "output", "o", "", "hotpatch image to write")
+	f.BoolVar(&asJSON, "json", false, "print one JSON document")
 	for _, required := range []string{"base", "fix", "sequence", "output"} {
 		_ = c.MarkFlagRequired(required) // fails for unknown names only
 	}
 	return c
 }
 
-func printImage(cmd *cobra.Command, out string, r *build.Result) error {
+// replacedFunction is one replaced function in the document; its keys are stable.
+type replacedFunction struct {
+	Name    string `json:"name"`
+	NewName string `json:"new_name"`
+	RVA     uint32 `json:"rva"`
+	Length  uint32 `json:"length"` // bytes
+	Ranges  int    `json:"ranges"`
+}
+
+func printImage(cmd *cobra.Command, out string, r *build.Result, asJSON bool) error {
 	w := cmd.OutOrStdout()
+	if asJSON {
+		list := []replacedFunction{}
+		for _, f := range r.Functions {
+			list = append(list, replacedFunction{f.Name, f.NewName, f.Place, f.Extra.Length, len(f.Extra.Ranges)})
+		}
+		return printJSON(w, struct {
+			document
+			File      string             `json:"file"`
+			Size      int                `json:"size"`
+			SHA256    string             `json:"sha256"`
+			Unwind    string             `json:"unwind"`
+			Base      pe.Identity        `json:"base"`
+			Functions []replacedFunction `json:"functions"`
+			Warnings  []string           `json:"warnings"`
+		}{newDocument("hotpatch-image-made/1"), out, len(r.DLL), fmt.Sprintf("%x", sha256.Sum256(r.DLL)), r.Unwind, r.Base, list, append([]string{}, r.Warnings...)})
+	}
 	for _, f := range r.Functions {
 		arrow := ""
 		if f.NewName != f.Name {
@@ -122,7 +153,21 @@ func readSymbols(names []string) ([]build.SymbolFile, error) {
 	return list, nil
 }
 
-// readInput reads a whole file of bounded size.
+// sequence is a flag that says what it wants.
+type sequence uint32
+
+func (n *sequence) Set(s string) error {
+	v, err := strconv.ParseUint(s, 10, 32)
+	if err != nil {
+		return errors.New("wanted a number from 1 to 4294967295")
+	}
+	*n = sequence(v)
+	return nil
+}
+
+func (n *sequence) String() string { return strconv.FormatUint(uint64(*n), 10) }
+func (n *sequence) Type() string   { return "N" }
+
 // sameFile tells whether two names are of one file, however they are written.
 func sameFile(a, b string) bool {
 	x, errA := os.Stat(a)
@@ -130,6 +175,7 @@ func sameFile(a, b string) bool {
 	return errA == nil && errB == nil && os.SameFile(x, y)
 }
 
+// readInput reads a whole file of bounded size.
 func readInput(name string) ([]byte, error) {
 	info, err := os.Stat(name)
 	if err != nil {

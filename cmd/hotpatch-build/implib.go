@@ -12,6 +12,7 @@ import (
 func implibCommand() *cobra.Command {
 	var base, name, out string
 	var symbols []string
+	var asJSON bool
 	c := &cobra.Command{
 		Use:   "implib --base app.dll -o libapp.a",
 		Short: "write an import library for everything the base has a symbol for",
@@ -36,11 +37,20 @@ addresses in the base. Declare variables with __declspec(dllimport).`,
 			if err != nil {
 				return err
 			}
-			for _, a := range ambiguous {
-				fmt.Fprintf(cmd.ErrOrStderr(), "warning: %s is left out: the base has it more than once\n", a)
-			}
 			if err := writeOutput(out, b); err != nil {
 				return err
+			}
+			if asJSON {
+				return printJSON(cmd.OutOrStdout(), struct {
+					document
+					File    string   `json:"file"`
+					DLL     string   `json:"dll"`
+					Names   int      `json:"names"`
+					LeftOut []string `json:"left_out"` // the base has them more than once
+				}{newDocument("hotpatch-implib/1"), out, o.BaseName, n, append([]string{}, ambiguous...)})
+			}
+			for _, a := range ambiguous {
+				fmt.Fprintf(cmd.ErrOrStderr(), "warning: %s is left out: the base has it more than once\n", a)
 			}
 			_, err = fmt.Fprintf(cmd.OutOrStdout(), "wrote     %s (%d names of %s)\n", out, n, o.BaseName)
 			return err
@@ -51,6 +61,7 @@ addresses in the base. Declare variables with __declspec(dllimport).`,
 	f.StringVar(&name, "name", "", "DLL name of the base, where it differs from the file's")
 	f.StringArrayVar(&symbols, "symbols", nil, "unstripped twin of the base (may be repeated)")
 	f.StringVarP(&out, "output", "o", "", "library to write")
+	f.BoolVar(&asJSON, "json", false, "print one JSON document")
 	for _, required := range []string{"base", "output"} {
 		_ = c.MarkFlagRequired(required) // fails for unknown names only
 	}

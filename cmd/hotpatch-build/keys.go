@@ -10,6 +10,7 @@ import (
 
 func keysCommand() *cobra.Command {
 	var dir string
+	var asJSON bool
 	cmd := &cobra.Command{
 		Use:   "keys --dir KEYS",
 		Short: "make the signing keys of a new repository",
@@ -23,6 +24,12 @@ Keys that are there already are never overwritten.`,
 			if err != nil {
 				return err
 			}
+			if asJSON {
+				return printJSON(cmd.OutOrStdout(), struct {
+					document
+					Files []string `json:"files"`
+				}{newDocument("hotpatch-keys/1"), files})
+			}
 			for _, f := range files {
 				fmt.Fprintf(cmd.OutOrStdout(), "wrote %s\n", f)
 			}
@@ -31,6 +38,7 @@ Keys that are there already are never overwritten.`,
 		},
 	}
 	cmd.Flags().StringVar(&dir, "dir", "", "folder for the keys")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print one JSON document")
 	cmd.MarkFlagRequired("dir")
 	return cmd
 }

@@ -2,7 +2,8 @@
 // images and releases, tests them, and publishes them to a repository.
 //
 // Results go to standard output, one document with --json. Errors are one line
-// on standard error, with a line "hint: …" where something can be done. Exit
+// on standard error, with a line "hint: …" where something can be done; with
+// --json one document, "hotpatch-error/1". Exit
 // codes: 0 done or already so, 1 failed, 2 wrong usage.
 package main
 
@@ -12,12 +13,14 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"hotpatchd/agent/repository"
+	"hotpatchd/patcher/build"
 )
 
 // version is set by the linker.
@@ -39,19 +42,52 @@ func run(args []string, stdout, stderr io.Writer) int {
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
-	err := root.Execute()
+	cmd, err := root.ExecuteC()
 	if err == nil {
 		return 0
+	}
+	var usage *usageError
+	code := exitFailed
+	if errors.As(err, &usage) {
+		code = exitUsage
+	}
+	if f := cmd.Flags().Lookup("json"); f != nil && f.Value.String() == "true" || f != nil && slices.Contains(args, "--json") {
+		return failJSON(stderr, err, code)
 	}
 	fmt.Fprintf(stderr, "hotpatch-build: %s\n", oneLine(err.Error()))
 	if h := hintOf(err); h != "" {
 		fmt.Fprintf(stderr, "hint: %s\n", oneLine(h))
 	}
-	var usage *usageError
-	if errors.As(err, &usage) {
-		return exitUsage
+	return code
+}
+
+// failJSON writes an error as one document on one line, as the command
+// hotpatch does.
+func failJSON(w io.Writer, err error, code int) int {
+	type failure struct {
+		Code string `json:"code"`
+		Text string `json:"text"`
+		Hint string `json:"hint,omitempty"`
 	}
-	return exitFailed
+	word := "failed"
+	var b *build.Refusal
+	switch {
+	case code == exitUsage:
+		word = "usage"
+	case errors.As(err, &b):
+		word = string(b.Code)
+	case repository.CodeOf(err) != "":
+		word = repository.CodeOf(err)
+	}
+	text, e := json.Marshal(struct {
+		document
+		Error failure `json:"error"`
+	}{newDocument("hotpatch-error/1"), failure{word, oneLine(err.Error()), oneLine(hintOf(err))}})
+	if e != nil {
+		text = []byte(`{"format":"hotpatch-error/1"}`) // texts and a time: cannot fail
+	}
+	fmt.Fprintf(w, "%s\n", text)
+	return code
 }
 
 func rootCommand() *cobra.Command {
@@ -134,11 +170,14 @@ func hintOf(err error) string {
 	var h *hinted
 	var r *repository.Error
 	var u *usageError
+	var b *build.Refusal
 	switch {
 	case errors.As(err, &h):
 		return h.hint
 	case errors.As(err, &r):
 		return r.Hint
+	case errors.As(err, &b):
+		return advice[b.Code]
 	case errors.As(err, &u):
 		return u.command + " --help"
 	}

@@ -107,7 +107,7 @@ func TestExitCodes(t *testing.T) {
 		{"publish x.hotpatch", 2, `required flag(s) "keys", "repo" not set`},
 		{"publish --repo r --keys k --expires never x", 2, "is not a time like 30d or 12h"},
 		{"publish --repo r --keys k --expires 9999d x", 2, "at most 365d"},
-		{"publish --repo r --keys " + empty + " x", 1, "hint: hotpatch-build keys"},
+		{"publish --repo r --keys " + empty + " x", 1, "hint: for a new repository: hotpatch-build keys"},
 		{"keys", 2, `"dir" not set`},
 		{"keys --dir " + empty + " more", 2, "hint: "},
 		{"repo", 2, "repo needs a command"},

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
@@ -27,13 +28,16 @@ The same release again changes nothing; an id with other content is refused.`,
 		RunE: func(cmd *cobra.Command, files []string) error {
 			k, err := repository.LoadKeys(keys)
 			if err != nil {
-				return withHint(err, "hotpatch-build keys --dir %s", keys)
+				return keysHint(err, keys)
 			}
 			var releases [][]byte
 			for _, f := range files {
 				b, err := readInput(f)
 				if err != nil {
 					return fmt.Errorf("cannot read release: %w", err)
+				}
+				if err := checkRelease(b); err != nil {
+					return fmt.Errorf("%s: %w", f, err)
 				}
 				releases = append(releases, b)
 			}
@@ -46,6 +50,15 @@ The same release again changes nothing; an id with other content is refused.`,
 	}
 	repoFlags(cmd, &repo, &keys, &expires, &asJSON)
 	return cmd
+}
+
+// keysHint says how to come by keys where there are none. Keys that are there
+// and wrong are not made anew: devices trust the right ones.
+func keysHint(err error, dir string) error {
+	if files, e := filepath.Glob(filepath.Join(dir, "*.pem")); e == nil && len(files) > 0 {
+		return withHint(err, "give the folder that hotpatch-build keys wrote for this repository, or its copy")
+	}
+	return withHint(err, "for a new repository: hotpatch-build keys --dir %s", dir)
 }
 
 // repoFlags are those of the commands that sign.
@@ -81,7 +94,11 @@ func printResult(cmd *cobra.Command, format, repo string, res repository.Result,
 	for _, w := range res.Warnings {
 		fmt.Fprintf(cmd.ErrOrStderr(), "warning: %s\n", w)
 	}
-	fmt.Fprintf(out, "good until %s (%s): run refresh before\n", res.Expires.Local().Format("2 Jan 2006 15:04"), res.ExpiresIn)
+	word := "good until %s (%s): run refresh before\n"
+	if !res.Expires.After(time.Now()) {
+		word = "ended %s (%s): run refresh now, devices take nothing new\n"
+	}
+	fmt.Fprintf(out, word, res.Expires.Local().Format("2 Jan 2006 15:04 MST"), res.ExpiresIn)
 	return nil
 }
 

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -20,10 +21,13 @@ func releaseCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "release --manifest release.toml -o ID.hotpatch",
 		Short: "pack a manifest and hotpatch images into a release",
-		Long: `Packs what release.toml names into one file. The keys are those of release.json; an image needs
-name (of the base image) and file (the hotpatch image, relative to release.toml). Its base is taken
-from FILE.base.json, which the image command writes beside FILE, unless it is given.
-The same input gives the same bytes, always.`,
+		Long: `Packs what release.toml names into one file. The keys are those of release.json; id, sequence and
+images are needed. Left out, format is "` + release.Format + `", kind "hotpatch", product "default",
+consistency "entry", and unwind what the builder found; release.json always has them.
+An image needs name (of the base image) and file (the hotpatch image, relative to release.toml), made
+with the release's own sequence. Its base is taken from FILE.base.json, which the image command
+writes beside FILE, unless it is given. severity is ` + strings.Join(release.Severities, ", ") + ` or nothing;
+cves are like CVE-2026-0001. The same input gives the same bytes, always.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			text, err := readInput(manifest)
@@ -38,6 +42,10 @@ The same input gives the same bytes, always.`,
 			if err != nil {
 				return err
 			}
+			if err := checkRelease(b); err != nil {
+				return fmt.Errorf("%s: %w", manifest, err)
+			}
+			warned := warnRelease(m)
 			if output == "" {
 				output = m.ID + ".hotpatch"
 			}
@@ -51,7 +59,11 @@ The same input gives the same bytes, always.`,
 					Size     int               `json:"size"`
 					SHA256   string            `json:"sha256"`
 					Manifest *release.Manifest `json:"manifest"`
-				}{newDocument("hotpatch-built/1"), output, len(b), fmt.Sprintf("%x", sha256.Sum256(b)), m})
+					Warnings []string          `json:"warnings"`
+				}{newDocument("hotpatch-built/1"), output, len(b), fmt.Sprintf("%x", sha256.Sum256(b)), m, warned})
+			}
+			for _, w := range warned {
+				fmt.Fprintf(cmd.ErrOrStderr(), "warning: %s\n", w)
 			}
 			fmt.Fprintf(cmd.OutOrStdout(), "wrote %s: %s, sequence %d, %d images, %d bytes\n", output, m.ID, m.Sequence, len(m.Images)+len(m.Files), len(b))
 			return nil
@@ -62,6 +74,28 @@ The same input gives the same bytes, always.`,
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print one JSON document")
 	cmd.MarkFlagRequired("manifest")
 	return cmd
+}
+
+// checkRelease refuses what devices would not take, or people not understand.
+func checkRelease(b []byte) error {
+	r, err := release.Open(b)
+	if err != nil {
+		return err
+	}
+	if err := r.CheckTables(); err != nil {
+		return err
+	}
+	return r.CheckLabels()
+}
+
+// warnRelease is what an author should know of a sound release.
+func warnRelease(m *release.Manifest) []string {
+	w := []string{}
+	if m.Consistency == release.ConsistencyQuiescent {
+		w = append(w, fmt.Sprintf("consistency %q: no device of this version reaches it, each will block the release by name; only %q is reached",
+			release.ConsistencyQuiescent, release.ConsistencyEntry))
+	}
+	return w
 }
 
 // folder opens files relative to a folder, also above it and by absolute

@@ -31,9 +31,15 @@ func repoVerifyCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "verify --repo DIR",
 		Short: "check a repository as a device would that trusts its root.json",
-		Args:  cobra.NoArgs,
+		Long: `Reads all metadata and every release as a device would that trusts root.json. Warns of metadata that
+ends within a quarter of its time (root and targets hold for a year, timestamp and snapshot for 30 days
+unless refresh --expires says otherwise) and names the command that renews it.`,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			report, err := repository.Verify(repo, time.Now())
+			if repository.CodeOf(err) == repository.CodeExpired {
+				return withHint(err, "hotpatch-build refresh --repo %s --keys KEYS, also with root.pem or targets.pem in KEYS if it is theirs that ended", repo)
+			}
 			if err != nil {
 				return err
 			}
