@@ -16,6 +16,7 @@ import (
 	"runtime/debug"
 
 	"hotpatchd/cmd/hotpatchd/pehost"
+	"hotpatchd/patcher/target/win32"
 )
 
 // Exit codes of every command.
@@ -28,7 +29,10 @@ const (
 // version is set by the linker (-X main.version=…); otherwise the module's.
 var version string
 
-func main() { os.Exit(dispatch(os.Args[1:], os.Stdout, os.Stderr)) }
+func main() {
+	win32.Guardian() // is this process one, it does nothing else
+	os.Exit(dispatch(os.Args[1:], os.Stdout, os.Stderr))
+}
 
 // command is one word of the command line.
 type command struct {

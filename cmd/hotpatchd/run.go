@@ -22,6 +22,7 @@ import (
 	"hotpatchd/patcher/target"
 	"hotpatchd/patcher/target/ptrace"
 	"hotpatchd/patcher/target/sim"
+	"hotpatchd/patcher/target/win32"
 )
 
 const (
@@ -174,6 +175,8 @@ func openBackend(c *agent.Config) (target.Backend, error) {
 		return sim.Load(c.Backend.Scene)
 	case "ptrace":
 		return ptrace.New()
+	case "win32":
+		return win32.New()
 	default:
 		return nil, fmt.Errorf("cannot reach processes: this build has no backend %q", name)
 	}
