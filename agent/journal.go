@@ -140,7 +140,7 @@ func historyOf(r patcher.Record, info target.Info) (control.HistoryEntry, bool) 
 		if r.Adopted {
 			e.Action = "adopted"
 		}
-		e.Text = fmt.Sprintf("%d functions of %s", len(r.Sites), r.Image)
+		e.Text = fmt.Sprintf("%s of %s", counted(len(r.Sites), "function", "functions"), r.Image)
 		e.Detail = map[string]string{"pause_us": strconv.FormatInt(r.Pause.Microseconds(), 10), "attempts": strconv.Itoa(r.Attempts)}
 	case patcher.Undone:
 		e.Action, e.Text = "undone", fmt.Sprintf("%s runs its original code again", r.Image)

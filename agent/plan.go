@@ -134,7 +134,7 @@ func (a *Agent) planImage(ctx context.Context, p target.Process, im *imageState,
 		out.Functions = append(out.Functions, control.PlannedFunc{Name: s.Function, RVA: control.Addr(s.RVA), Size: uint64(s.Length), Address: control.Addr(s.At), New: control.Addr(s.Target), Method: s.Kind})
 	}
 	if full {
-		a.showPlan(ctx, p, plan, out, proc)
+		a.showPlan(ctx, p, plan, l, out, proc)
 	}
 }
 
@@ -153,7 +153,7 @@ func (a *Agent) deniedByPolicy(info target.Info, name, path string) (reason, boo
 }
 
 // showPlan adds the places byte by byte, and counts the threads in the way now.
-func (a *Agent) showPlan(ctx context.Context, p target.Process, plan *patcher.Plan, out *control.PlannedImage, proc *control.PlannedProcess) {
+func (a *Agent) showPlan(ctx context.Context, p target.Process, plan *patcher.Plan, l *loaded, out *control.PlannedImage, proc *control.PlannedProcess) {
 	for i, w := range plan.Places() {
 		s := control.Site{Name: w.Function, RVA: control.Addr(w.RVA), Address: control.Addr(w.At), Kind: w.Kind,
 			OldBytes: hex.EncodeToString(w.Old), NewBytes: hex.EncodeToString(w.New), OldText: []string{}, NewText: []string{}, Order: i + 1}
@@ -167,8 +167,8 @@ func (a *Agent) showPlan(ctx context.Context, p target.Process, plan *patcher.Pl
 		}
 		out.Sites = append(out.Sites, s)
 	}
-	out.Annex = showAnnex(plan.Record)
-	for i, prot := range plan.Protections() {
+	out.Annex = showAnnex(plan.Record, l)
+	for i, prot := range plan.Protections() { // what will be asked of the system: the last word
 		if i < len(out.Annex.Segments) {
 			out.Annex.Segments[i].Prot = prot.String()
 		}

@@ -28,6 +28,7 @@ type loaded struct {
 	offer    repository.Offer
 	manifest release.Manifest
 	patches  []*patcher.Patch
+	shapes   map[string]shape // by the hash of the hotpatch image, hex
 	problem  reason
 }
 
@@ -135,7 +136,7 @@ func (a *Agent) refresh(ctx context.Context) error {
 
 // load fetches, verifies and reads one release. It runs outside the loop.
 func (a *Agent) load(ctx context.Context, o repository.Offer) *loaded {
-	l := &loaded{offer: o}
+	l := &loaded{offer: o, shapes: map[string]shape{}}
 	b, err := a.bytesOf(ctx, o)
 	if err != nil {
 		l.problem = because(codeFetch, "cannot fetch %s: %v", o.ID, err)
@@ -168,6 +169,7 @@ func (a *Agent) load(ctx context.Context, o repository.Offer) *loaded {
 			return l
 		}
 		l.patches = append(l.patches, p)
+		l.shapes[hex.EncodeToString(p.Hash[:])] = shapeOf(p, r.ImageBytes(i))
 	}
 	return l
 }

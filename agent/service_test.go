@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"reflect"
 	"regexp"
 	"runtime/pprof"
 	"slices"
@@ -281,8 +282,35 @@ func TestPlanIsWhatIsDone(t *testing.T) {
 			t.Errorf("%s: planned %s, found %x %v", s.Name, s.NewBytes, have, err)
 		}
 	}
+	// What is done is shown with the same protections and lengths, and none is left out.
+	done, err := c.Processes(ctx, control.ProcessQuery{})
+	must(t, err)
+	annex := done.Processes[0].Images[0].Annex
+	if annex == nil || im.Annex == nil || !reflect.DeepEqual(annex.Segments, im.Annex.Segments) || len(annex.Functions) != len(im.Annex.Functions) {
+		t.Fatalf("planned %+v, done %+v", im.Annex, annex)
+	}
+	exec := 0
+	for _, g := range annex.Segments {
+		if g.Prot == "r-x" {
+			exec++
+		}
+		if g.Prot == "" {
+			t.Errorf("a segment without protection: %+v", annex)
+		}
+	}
+	if exec != 2 {
+		t.Errorf("%d segments hold code, not the new functions and the slots: %+v", exec, annex.Segments)
+	}
+	for i, f := range annex.Functions {
+		if f.Size == 0 || f.Size != im.Annex.Functions[i].Size {
+			t.Errorf("%s has %d bytes, planned %d", f.Name, f.Size, im.Annex.Functions[i].Size)
+		}
+	}
 	plan, err = c.Plan(ctx, control.PlanQuery{ID: "R1"})
 	must(t, err)
+	if plan.Refused != nil {
+		t.Errorf("install would be refused: %+v", plan.Refused)
+	}
 	if im := plan.Processes[0].Images[0]; im.ReasonCode != "in-force" {
 		t.Errorf("plan of what is in force: %+v", im)
 	}

@@ -9,7 +9,6 @@ import (
 
 	"hotpatchd/agent/control"
 	"hotpatchd/agent/store"
-	"hotpatchd/patcher"
 	"hotpatchd/patcher/target"
 )
 
@@ -130,7 +129,7 @@ func (a *Agent) showImage(in Intent, rows map[rowKey]row) control.Image {
 		im.Detail, im.Attempts = in.Try.Detail, in.Try.Attempts
 	}
 	if rec, ok := in.Image.Records[in.Product]; ok && rec.Live() {
-		im.PauseUS, im.Annex = rec.Pause.Microseconds(), showAnnex(rec)
+		im.PauseUS, im.Annex = rec.Pause.Microseconds(), showAnnex(rec, a.releases[rec.Release])
 		if im.State == control.Patched {
 			im.Release, im.Sequence, im.Attempts = rec.Release, int64(rec.Sequence), rec.Attempts
 		}
@@ -155,19 +154,6 @@ func (a *Agent) since(rows map[rowKey]row, k rowKey, uid int, im control.Image) 
 	}
 	rows[k] = now
 	return now.since
-}
-
-func showAnnex(r patcher.Record) *control.Annex {
-	x := &control.Annex{Address: control.Addr(r.Annex), Size: uint64(r.AnnexEnd - r.Annex), Segments: []control.Segment{}, Functions: []control.AnnexFunction{}}
-	for _, p := range r.Parts {
-		x.Segments = append(x.Segments, control.Segment{Address: control.Addr(p.Start), Size: uint64(p.End - p.Start)})
-	}
-	for _, s := range r.Sites {
-		if s.Target != 0 {
-			x.Functions = append(x.Functions, control.AnnexFunction{Name: s.Function, Address: control.Addr(s.Target)})
-		}
-	}
-	return x
 }
 
 func (a *Agent) showOffers(v View, w wishes) control.Offers {
