@@ -212,3 +212,34 @@ func TestPositions(t *testing.T) {
 		}
 	})
 }
+
+// The README lists every key of both files.
+func TestReadmeListsEveryKey(t *testing.T) {
+	b, err := os.ReadFile("../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range []struct {
+		head string
+		of   reflect.Type
+	}{{"| config | default |", reflect.TypeFor[configFile]()}, {"| policy | default |", reflect.TypeFor[policyFile]()}} {
+		_, table, ok := strings.Cut(string(b), file.head)
+		if table, _, _ = strings.Cut(table, "\n\n"); !ok {
+			t.Fatalf("no table %q", file.head)
+		}
+		var look func(of reflect.Type, in string)
+		look = func(of reflect.Type, in string) {
+			for i := range of.NumField() {
+				f := of.Field(i)
+				key := f.Tag.Get("toml")
+				switch {
+				case f.Type.Kind() == reflect.Struct:
+					look(f.Type, "["+key+"] ")
+				case key != "format" && !strings.Contains(table, "`"+in+key+"`") && !strings.Contains(table, "`"+key+"`"):
+					t.Errorf("the table %q does not list %s%s", file.head, in, key)
+				}
+			}
+		}
+		look(file.of, "")
+	}
+}
