@@ -5,6 +5,7 @@ package store
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 	"syscall"
 )
 
@@ -48,4 +49,23 @@ func checkOwner(what, path string, info os.FileInfo) error {
 		return fmt.Errorf("cannot use %s as %s: it belongs to uid %d", path, what, st.Uid)
 	}
 	return nil
+}
+
+// lockFile takes the lock that bolt takes, for bolt: on the same descriptor it
+// is had already. An error means that another process has it.
+func lockFile(f *os.File) (release func(), err error) {
+	return func() {}, syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+}
+
+// moveFile puts a file in the place of another, now and after a power cut.
+func moveFile(from, to string) error {
+	if err := os.Rename(from, to); err != nil {
+		return err
+	}
+	d, err := os.Open(filepath.Dir(to))
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
 }

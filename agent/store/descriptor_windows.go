@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"unsafe"
 
 	"golang.org/x/sys/windows"
 )
@@ -15,21 +16,57 @@ import (
 // configuration names), but is refused if it belongs to somebody else: anyone
 // may make folders in ProgramData.
 func secureFolder(dir string) error {
-	if err := os.MkdirAll(filepath.Dir(dir), 0o700); err != nil {
-		return fmt.Errorf("cannot make the state folder: %w", err)
-	}
-	err := os.Mkdir(dir, 0o700)
-	if err != nil && !errors.Is(err, fs.ErrExist) {
-		return fmt.Errorf("cannot make the state folder: %w", err)
-	}
-	self, sidErr := ownSID()
-	if sidErr != nil {
-		return fmt.Errorf("cannot tell who we are: %w", sidErr)
-	}
+	self, err := ownSID()
 	if err != nil {
-		return checkOwner("the state folder", dir, self)
+		return fmt.Errorf("cannot tell who we are: %w", err)
 	}
-	return protect(dir, "OICI", self)
+	if err := makeFolder(dir, self); err != nil {
+		return err
+	}
+	// Who owns the folder above may put another one in the place of ours.
+	if above := filepath.Dir(dir); above != filepath.Dir(above) {
+		return checkOwner("the folder above the state", above, self)
+	}
+	return nil
+}
+
+// trustedInstaller owns what came with Windows.
+const trustedInstaller = "S-1-5-80-956008885-3418522649-1831038044-1853292631-2271478464"
+
+// makeFolder makes a folder, and those above it that are missing, with their
+// protection from the first moment on.
+func makeFolder(dir string, self *windows.SID) error {
+	info, err := os.Lstat(dir)
+	switch {
+	case err == nil && !info.IsDir():
+		return fmt.Errorf("cannot make the state folder: %s is not a folder", dir)
+	case err == nil:
+		return checkOwner("the state folder", dir, self)
+	case !errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("cannot look at the state folder: %w", err)
+	}
+	if above := filepath.Dir(dir); above != dir {
+		if _, err := os.Stat(above); errors.Is(err, fs.ErrNotExist) {
+			if err := makeFolder(above, self); err != nil {
+				return err
+			}
+		}
+	}
+	sd, err := windows.SecurityDescriptorFromString(protection("OICI", self))
+	if err != nil {
+		return fmt.Errorf("cannot protect %s: %w", dir, err)
+	}
+	name, err := windows.UTF16PtrFromString(dir)
+	if err != nil {
+		return fmt.Errorf("cannot make the state folder: %w", err)
+	}
+	sa := &windows.SecurityAttributes{SecurityDescriptor: sd}
+	sa.Length = uint32(unsafe.Sizeof(*sa))
+	if err := windows.CreateDirectory(name, sa); err != nil && !errors.Is(err, windows.ERROR_ALREADY_EXISTS) {
+		return fmt.Errorf("cannot make the state folder: %w", &fs.PathError{Op: "mkdir", Path: dir, Err: err})
+	}
+	// Somebody may have been faster.
+	return checkOwner("the state folder", dir, self)
 }
 
 // secureFile takes everybody else's rights on the file away.
@@ -53,17 +90,25 @@ func checkOwner(what, path string, self *windows.SID) error {
 	if err != nil {
 		return fmt.Errorf("cannot look at %s: %w", what, err)
 	}
-	if !owner.IsWellKnown(windows.WinLocalSystemSid) && !owner.IsWellKnown(windows.WinBuiltinAdministratorsSid) && !owner.Equals(self) {
+	if !owner.IsWellKnown(windows.WinLocalSystemSid) && !owner.IsWellKnown(windows.WinBuiltinAdministratorsSid) && !owner.Equals(self) && owner.String() != trustedInstaller {
 		return fmt.Errorf("cannot use %s as %s: it belongs to %s", path, what, owner)
 	}
 	return nil
 }
 
+// protection is full control for SYSTEM, Administrators and the daemon's own
+// user, to be inherited as flags say, and nothing from the folder above.
+func protection(flags string, self *windows.SID) string {
+	if self.IsWellKnown(windows.WinLocalSystemSid) {
+		return fmt.Sprintf("D:P(A;%[1]s;FA;;;SY)(A;%[1]s;FA;;;BA)", flags)
+	}
+	return fmt.Sprintf("D:P(A;%[1]s;FA;;;SY)(A;%[1]s;FA;;;BA)(A;%[1]s;FA;;;%[2]s)", flags, self)
+}
+
 // protect gives full control to SYSTEM, Administrators and the daemon's own
 // user, to be inherited as flags say, and takes over nothing from the folder above.
 func protect(path, flags string, self *windows.SID) error {
-	sddl := fmt.Sprintf("D:P(A;%[1]s;FA;;;SY)(A;%[1]s;FA;;;BA)(A;%[1]s;FA;;;%[2]s)", flags, self)
-	sd, err := windows.SecurityDescriptorFromString(sddl)
+	sd, err := windows.SecurityDescriptorFromString(protection(flags, self))
 	if err != nil {
 		return fmt.Errorf("cannot protect %s: %w", path, err)
 	}
@@ -85,4 +130,33 @@ func ownSID() (*windows.SID, error) {
 		return nil, err
 	}
 	return user.User.Sid.Copy()
+}
+
+// lockFile takes the lock that bolt takes (LockFileEx on the last byte that a
+// file can have) until release: bolt's own call would find it taken. An error
+// means that another process has it.
+func lockFile(f *os.File) (release func(), err error) {
+	h := windows.Handle(f.Fd())
+	at := func() *windows.Overlapped { return &windows.Overlapped{Offset: ^uint32(0), OffsetHigh: ^uint32(0)} }
+	if err := windows.LockFileEx(h, windows.LOCKFILE_EXCLUSIVE_LOCK|windows.LOCKFILE_FAIL_IMMEDIATELY, 0, 1, 0, at()); err != nil {
+		return nil, err
+	}
+	return func() { windows.UnlockFileEx(h, 0, 1, 0, at()) }, nil
+}
+
+// moveFile puts a file, which nobody has open, in the place of another, now and
+// after a power cut.
+func moveFile(from, to string) error {
+	f, err := windows.UTF16PtrFromString(from)
+	if err != nil {
+		return err
+	}
+	t, err := windows.UTF16PtrFromString(to)
+	if err != nil {
+		return err
+	}
+	if err := windows.MoveFileEx(f, t, windows.MOVEFILE_REPLACE_EXISTING|windows.MOVEFILE_WRITE_THROUGH); err != nil {
+		return &os.LinkError{Op: "rename", Old: from, New: to, Err: err}
+	}
+	return nil
 }

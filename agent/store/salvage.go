@@ -155,7 +155,7 @@ func replace(path string, cause error) (*Damage, error) {
 		os.Remove(fresh)
 		return nil, err
 	}
-	return d, os.Rename(fresh, path)
+	return d, moveFile(fresh, path)
 }
 
 func refill(t *Tx, kept salvaged, d *Damage) error {
@@ -201,5 +201,5 @@ func setAside(path, moved string) error {
 	if os.Link(path, moved) == nil {
 		return nil
 	}
-	return os.Rename(path, moved)
+	return moveFile(path, moved)
 }

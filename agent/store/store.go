@@ -40,6 +40,8 @@ const (
 	// lockWait is how long Open waits for another daemon to let go: a restart
 	// of the service overlaps by less than this.
 	lockWait = 2 * time.Second
+	// lockPause is between two tries.
+	lockPause = 50 * time.Millisecond
 	// maxDamaged bounds how many damaged files are kept; the last is replaced.
 	maxDamaged = 16
 )
@@ -165,7 +167,9 @@ func open(path string) (s *Store, both bool, err error) {
 	return s, both, nil
 }
 
-// openBolt opens the file where a damaged page is an error, not our death.
+// openBolt opens the file where a damaged page is an error, not our death. Bolt
+// does not get to see a damaged file: on Windows it would make a short one
+// longer, and one that it fails at while it is mapped could not be moved.
 func openBolt(path string) (db *bbolt.DB, both bool, err error) {
 	var file *os.File // bolt's own, which holds the lock
 	err = guard(func() error {
@@ -173,17 +177,19 @@ func openBolt(path string) (db *bbolt.DB, both bool, err error) {
 		db, err = bbolt.Open(path, 0o600, &bbolt.Options{Timeout: lockWait, FreelistType: bbolt.FreelistMapType,
 			OpenFile: func(name string, flag int, mode os.FileMode) (*os.File, error) {
 				f, err := os.OpenFile(name, flag, mode)
+				if err != nil {
+					return nil, err
+				}
+				if both, err = checkFile(f); err != nil {
+					f.Close()
+					return nil, err
+				}
 				file = f
-				return f, err
+				return f, nil
 			}})
 		return err
 	})
-	if err == nil {
-		both, err = checkFile(file)
-		if err != nil {
-			closeBolt(db)
-		}
-	} else if file != nil {
+	if err != nil && file != nil {
 		file.Close() // bolt leaves it open where it panics, and with it the lock
 	}
 	var pathErr *fs.PathError
@@ -201,11 +207,24 @@ func openBolt(path string) (db *bbolt.DB, both bool, err error) {
 	return nil, false, damaged{err}
 }
 
-// checkFile looks at every page, while nobody else writes.
+// checkFile looks at every page, while nobody else writes. A new file has none.
 func checkFile(f *os.File) (both bool, err error) {
+	var release func()
+	for deadline := time.Now().Add(lockWait); ; time.Sleep(lockPause) {
+		if release, err = lockFile(f); err == nil {
+			break
+		}
+		if time.Now().After(deadline) {
+			return false, bolterrors.ErrTimeout
+		}
+	}
+	defer release()
 	info, err := f.Stat()
 	if err != nil {
 		return false, fmt.Errorf("cannot open state: %w", err)
+	}
+	if info.Size() == 0 {
+		return true, nil
 	}
 	if both, err = checkPages(f, info.Size()); err != nil {
 		return false, damaged{err}

@@ -5,9 +5,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -357,10 +359,17 @@ func TestDamagedNamesDoNotCollide(t *testing.T) {
 func TestTruncatedWhileOpenIsAnError(t *testing.T) {
 	path := filled(t)
 	s := mustOpen(t, path)
-	if err := os.Truncate(path, 8192); err != nil {
+	err := os.Truncate(path, 8192)
+	if runtime.GOOS == "windows" {
+		if err == nil {
+			t.Error("Windows let a mapped file be cut")
+		}
+		return
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
-	err := s.View(func(tx *Tx) error {
+	err = s.View(func(tx *Tx) error {
 		_, err := tx.Records()
 		return err
 	})
@@ -381,6 +390,9 @@ func TestSystemErrorsMoveNothing(t *testing.T) {
 	link := filepath.Join(t.TempDir(), "state.db")
 	if err := os.Symlink(target, link); err != nil {
 		t.Skip("needs symbolic links: ", err) // Windows without developer mode
+	}
+	if info, err := os.Lstat(link); err != nil || info.Mode().Type() != fs.ModeSymlink {
+		t.Skip("needs symbolic links: one was made, but is not there ", err) // Wine
 	}
 	if _, damage, err := Open(link); err == nil || damage != nil {
 		t.Errorf("a link was followed: %v, damage %v", err, damage)
