@@ -44,20 +44,45 @@ func GenerateKeys(dir string) ([]string, error) {
 	}
 	var written []string
 	for _, role := range Roles {
-		_, key, err := ed25519.GenerateKey(rand.Reader)
-		if err != nil {
-			return written, fmt.Errorf("cannot make a key: %w", err)
-		}
-		der, err := x509.MarshalPKCS8PrivateKey(key)
-		if err != nil {
-			return written, fmt.Errorf("cannot make a key: %w", err)
-		}
-		if err := writeNew(keyFile(dir, role), pem.EncodeToMemory(&pem.Block{Type: pemType, Bytes: der})); err != nil {
+		if _, err := makeKey(keyFile(dir, role)); err != nil {
 			return written, err
 		}
 		written = append(written, keyFile(dir, role))
 	}
 	return written, syncDir(dir)
+}
+
+// maxGenerations bounds the names tried for a key that replaces another.
+const maxGenerations = 1000
+
+// GenerateNext makes one more key for a role in dir, ROLE-N.pem with the first
+// N from 2 on that is free, for Rotate. It returns the file's name, too.
+func GenerateNext(dir, role string) (Keys, string, error) {
+	for n := 2; n < maxGenerations; n++ {
+		file := filepath.Join(dir, fmt.Sprintf("%s-%d.pem", role, n))
+		if _, err := os.Lstat(file); !errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		key, err := makeKey(file)
+		if err != nil {
+			return nil, "", err
+		}
+		return Keys{role: {key}}, file, syncDir(dir)
+	}
+	return nil, "", fmt.Errorf("%s holds %d keys for %s: too many", dir, maxGenerations, role)
+}
+
+// makeKey makes a key and keeps it in a new file.
+func makeKey(file string) (ed25519.PrivateKey, error) {
+	_, key, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		return nil, fmt.Errorf("cannot make a key: %w", err)
+	}
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return nil, fmt.Errorf("cannot make a key: %w", err)
+	}
+	return key, writeNew(file, pem.EncodeToMemory(&pem.Block{Type: pemType, Bytes: der}))
 }
 
 func keyFile(dir, role string) string { return filepath.Join(dir, role+".pem") }

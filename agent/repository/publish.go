@@ -295,7 +295,6 @@ func (p *publisher) finish(targetsChanged bool) (Result, error) {
 }
 
 // renewRoot signs the same keys anew before the root ends.
-// N.root.json comes first: clients look for it, root.json is for new devices.
 func (p *publisher) renewRoot() error {
 	root := p.set.root
 	if root.Signed.Expires.Sub(p.opts.Now) >= renewBefore || len(p.keys[metadata.ROOT]) == 0 {
@@ -306,13 +305,20 @@ func (p *publisher) renewRoot() error {
 	if err := sign(root, metadata.ROOT, root, p.keys); err != nil {
 		return err
 	}
-	b, err := root.ToBytes(true)
+	return p.writeRoot()
+}
+
+// writeRoot writes the root that was signed.
+// N.root.json comes first: clients look for it, root.json is for new devices.
+func (p *publisher) writeRoot() error {
+	b, err := p.set.root.ToBytes(true)
 	if err != nil {
 		return err
 	}
-	if err := p.write(versioned(root.Signed.Version, metadata.ROOT), b); err != nil {
+	if err := p.write(versioned(p.set.root.Signed.Version, metadata.ROOT), b); err != nil {
 		return err
 	}
+	p.set.rootBytes = b
 	return writeFile(p.path("root.json"), b, 0o644)
 }
 

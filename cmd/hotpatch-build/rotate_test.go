@@ -1,0 +1,42 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// TestRotateCommand: after it the folder of keys still publishes and refreshes, and the old keys alone do not.
+func TestRotateCommand(t *testing.T) {
+	dir := author(t)
+	in := func(name string) string { return filepath.Join(dir, name) }
+	must(t, "release", "--manifest", in("release.toml"), "-o", in("DEMO-1.hotpatch"))
+	must(t, "keys", "--dir", in("keys"))
+	must(t, "publish", "--repo", in("repo"), "--keys", in("keys"), in("DEMO-1.hotpatch"))
+	for _, role := range []string{"timestamp", "targets", "root"} {
+		if out := must(t, "rotate", role, "--repo", in("repo"), "--keys", in("keys")); !strings.Contains(out, role+"-2.pem: it signs for "+role) {
+			t.Error(out)
+		}
+		if err := os.Remove(in("keys/" + role + ".pem")); err != nil { // as it says
+			t.Fatal(err)
+		}
+	}
+	if h := documentOf(t, must(t, "rotate", "root", "--repo", in("repo"), "--keys", in("keys"), "--json")); h.Format != "hotpatch-rotate/1" {
+		t.Errorf("%+v", h)
+	}
+	must(t, "refresh", "--repo", in("repo"), "--keys", in("keys"))
+	if out := must(t, "repo", "verify", "--repo", in("repo")); !strings.HasPrefix(out, "SOUND   1 of 1 releases verify; root 9,") {
+		t.Error(out)
+	}
+	if code, _, errs := command("rotate", "mirror", "--repo", in("repo"), "--keys", in("keys")); code != 2 || !strings.Contains(errs, `"mirror" is not a role`) {
+		t.Errorf("exit %d, %s", code, errs)
+	}
+	before, _ := filepath.Glob(in("keys/*"))
+	if code, _, _ := command("rotate", "root", "--repo", in("none"), "--keys", in("keys")); code != 1 {
+		t.Errorf("exit %d for no repository", code)
+	}
+	if after, _ := filepath.Glob(in("keys/*")); len(after) != len(before) {
+		t.Errorf("made a key for no repository: %q", after)
+	}
+}
