@@ -128,9 +128,9 @@ func TestKnownWhileWaiting(t *testing.T) {
 	s := f.serve(func(w http.ResponseWriter, r *http.Request) bool {
 		if hang {
 			asked <- r.URL.Path
-			<-ctx.Done()
+			<-r.Context().Done() // the client has gone: no answer overtakes the end of ctx
 		}
-		return false
+		return hang
 	})
 	dir := t.TempDir()
 	o := mustRefresh(t, f.clientIn(s.URL, dir, Floors{})).Offers[0]
