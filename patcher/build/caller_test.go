@@ -143,6 +143,29 @@ func TestCallerNeverReturns(t *testing.T) {
 	}
 }
 
+// TestNameAt: a mark the linker sets at the first function is not its name.
+func TestNameAt(t *testing.T) {
+	b := fixture(t, relying)
+	leaf := symbol(t, b, "leaf")
+	if symbol(t, b, "___crt_xc_end__") != leaf {
+		t.Fatal("no mark at leaf")
+	}
+	if name := loadBase(t, b).nameAt(leaf); name != "leaf" {
+		t.Errorf("it is called %s", name)
+	}
+}
+
+// TestCloneWarning: who replaces a piece the compiler made is warned.
+func TestCloneWarning(t *testing.T) {
+	f := loadBase(t, fixture(t, relying))
+	for name, want := range map[string]bool{"leaf": false, "leaf.isra.0": true, "leaf.constprop.0": true, "leaf.cold": false} {
+		w := strings.Join(warnings(f, f, []Function{{Name: name}}, new(reach)), " ")
+		if strings.Contains(w, "is a piece of leaf") != want {
+			t.Errorf("%s: %q", name, w)
+		}
+	}
+}
+
 func must[T any](v T, err error) T {
 	if err != nil {
 		panic(err)

@@ -300,6 +300,9 @@ func warnings(base, fix *file, functions []Function, to *reach) []string {
 		}
 	}
 	for _, f := range functions {
+		if of, _, _ := strings.Cut(f.Name, "."); clone(f.Name, of) {
+			w = append(w, fmt.Sprintf("%s is a piece of %s the compiler made for some callers: its parameters need not be those of the source, compare with the code of the base", f.Name, of))
+		}
 		for _, name := range base.names {
 			if clone(name, f.Name) {
 				w = append(w, fmt.Sprintf("the base has %s, a piece of %s the compiler made for some callers: they will not reach the new function", name, f.Name))
@@ -319,7 +322,7 @@ func clone(name, of string) bool {
 // nameAt is any symbol at an RVA, for people.
 func (f *file) nameAt(rva uint32) string {
 	for _, name := range f.names {
-		if slices.ContainsFunc(f.byName[name], func(s pe.Symbol) bool { return s.RVA == rva }) && !sectionName(name) {
+		if slices.ContainsFunc(f.byName[name], func(s pe.Symbol) bool { return s.RVA == rva }) && !sectionName(name) && !linkerMade(name) {
 			return name
 		}
 	}
