@@ -149,7 +149,7 @@ func (a *Agent) toDo(in Intent) string {
 	case "halted":
 		return "nothing: its publisher decides"
 	case "paused":
-		if a.policy != nil && a.policy.Pause {
+		if in.Reason.Text == pausedByPolicy {
 			return "set pause = false in " + a.o.Config.Policy.File
 		}
 		return "hotpatch resume"

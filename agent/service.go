@@ -218,7 +218,11 @@ func (a *Agent) mayInstall(o repository.Offer) *control.Error {
 		return &control.Error{Code: control.CodeConflict, Text: fmt.Sprintf("the repository's metadata ended %s: nothing new is applied", stamp(a.expires)), Hint: "hotpatch check; is the clock right?"}
 	}
 	if p := a.paused(); p.Code != "" {
-		return &control.Error{Code: control.CodeConflict, Text: p.Text, Hint: "hotpatch resume"}
+		hint := "hotpatch resume"
+		if p.Text == pausedByPolicy {
+			hint = "the owner of the policy decides: pause in " + a.o.Config.Policy.File
+		}
+		return &control.Error{Code: control.CodeConflict, Text: p.Text, Hint: hint}
 	}
 	for _, other := range a.allOffers() {
 		if other.Product == o.Product && w.InForce[o.Product] == other.ID && other.Sequence > o.Sequence {

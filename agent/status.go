@@ -212,6 +212,12 @@ func (a *Agent) showStatus(v View, w wishes, s *snapshot) control.Status {
 		Device:     control.Device{OS: a.device.OS, Arch: a.device.Arch, Build: a.device.Build, Edition: a.device.Edition, ID: a.device.ID},
 		Backend:    control.Backend{Name: a.o.Backend.Name(), Freeze: a.method},
 	}
+	switch v.Paused.Text {
+	case pausedByOperator:
+		st.PausedBy = "operator"
+	case pausedByPolicy:
+		st.PausedBy = "policy"
+	}
 	st.Device.Name, _ = os.Hostname()
 	for _, c := range a.verdict.Checks {
 		if c.Waived {

@@ -268,14 +268,20 @@ func (a *Agent) deviceFor() device {
 	return d
 }
 
+// Who paused, as it is said.
+const (
+	pausedByOperator = "paused by the operator"
+	pausedByPolicy   = "paused by the policy"
+)
+
 func (a *Agent) paused() reason {
 	paused := false
 	a.store.View(func(tx *store.Tx) error { paused = tx.Paused(); return nil })
 	switch {
 	case paused:
-		return because("paused", "paused by the operator")
+		return because("paused", pausedByOperator)
 	case a.policy != nil && a.policy.Pause:
-		return because("paused", "paused by the policy")
+		return because("paused", pausedByPolicy)
 	}
 	return reason{}
 }

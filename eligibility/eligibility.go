@@ -126,7 +126,8 @@ const (
 )
 
 // Check is one question answered. Wanted and Found are never empty; Remedy is
-// never empty when the result is fail or unknown, and empty otherwise.
+// never empty when the result is fail or unknown, and empty otherwise; it may
+// have several lines, to be copied as they are.
 type Check struct {
 	ID     ID
 	Title  string

@@ -29,7 +29,7 @@ func (j judge) ownersWord(id ID, key, wanted string, word *bool) (c Check, decid
 func (j judge) silent(c Check, key string) Check {
 	if j.policy.Absent {
 		c.Found = "no policy file"
-		return c.fail(fmt.Sprintf("create %s with the lines: format = \"hotpatchd-policy/1\", enrolled = true, allow_hotpatch = true", c.Source))
+		return c.fail(fmt.Sprintf("create %s with these lines:\nformat = \"hotpatchd-policy/1\"\nenrolled = true\nallow_hotpatch = true", c.Source))
 	}
 	c.Found = key + " is not set"
 	return c.fail(fmt.Sprintf("set %s = true in %s", key, c.Source))

@@ -48,7 +48,7 @@ func strangersStatus(c Caller, d *Status) *Status {
 		Device: Device{Name: d.Device.Name, OS: d.Device.OS, Arch: d.Device.Arch, Build: d.Device.Build,
 			Edition: d.Device.Edition, ID: d.Device.ID},
 		Backend: Backend{Name: d.Backend.Name, Freeze: scrub(d.Backend.Freeze)},
-		Paused:  d.Paused,
+		Paused:  d.Paused, PausedBy: d.PausedBy,
 		Mode:    d.Mode,
 		Waived:  d.Waived,
 		Fails:   d.Fails,

@@ -181,13 +181,15 @@ type Status struct {
 	Device          Device          `json:"device"`
 	Backend         Backend         `json:"backend"`
 
-	Holds   []Hold   `json:"holds"`
-	Paused  bool     `json:"paused"`
-	Mode    string   `json:"mode"`    // automatic or manual
-	Waived  []string `json:"waived"`  // checks that fail but are waived by policy
-	Fails   []string `json:"fails"`   // checks that stand in the way
-	Scanned Time     `json:"scanned"` // end of the last complete scan; null before the first
-	Unseen  int      `json:"unseen"`  // processes that the system does not let the daemon look into
+	Holds  []Hold `json:"holds"`
+	Paused bool   `json:"paused"`
+	// PausedBy is who can end the pause: operator, policy, or "" if there is none.
+	PausedBy string   `json:"paused_by"`
+	Mode     string   `json:"mode"`    // automatic or manual
+	Waived   []string `json:"waived"`  // checks that fail but are waived by policy
+	Fails    []string `json:"fails"`   // checks that stand in the way
+	Scanned  Time     `json:"scanned"` // end of the last complete scan; null before the first
+	Unseen   int      `json:"unseen"`  // processes that the system does not let the daemon look into
 }
 
 // ActiveRelease is a release in force on this device.

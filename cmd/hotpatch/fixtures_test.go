@@ -121,6 +121,8 @@ func eligibilityDoc() *control.Eligibility {
 			Remedy: "turn on virtualization in the firmware, then restart. msinfo32 tells what is missing. A policy may waive it for releases that do not need it: waive = [\"vbs\"]"},
 		{ID: "chpe", Title: "CHPE binaries are switched off", Result: control.ResultUnknown, Wanted: "HotPatchRestrictions = 1",
 			Found: "could not be read: access denied", Source: `HKLM\SYSTEM\CurrentControlSet\Control\Session Manager\Memory Management`, Remedy: "run the daemon as SYSTEM"},
+		{ID: "policy", Title: "Hotpatching is allowed", Result: control.Fail, Wanted: "hotpatch allowed", Found: "no policy file", Source: "/etc/hotpatchd/policy.toml",
+			Remedy: "create /etc/hotpatchd/policy.toml with these lines:\nformat = \"hotpatchd-policy/1\"\nenrolled = true\nallow_hotpatch = true"},
 		{ID: "managed", Title: "enrolled", Result: control.Fail, Waived: true, Wanted: "enrolled", Found: "not enrolled"},
 		{ID: "rights", Title: "may patch", Result: control.NotApplicable},
 	}}
@@ -131,6 +133,7 @@ func eligibleDoc() *control.Eligibility {
 	d.Eligible = true
 	d.Checks[3].Result, d.Checks[4].Result = control.Pass, control.Pass
 	d.Checks[3].Found, d.Checks[4].Found = "running", ""
+	d.Checks[5].Result, d.Checks[5].Found = control.Pass, "allow_hotpatch = true"
 	return d
 }
 

@@ -99,9 +99,11 @@ func (s *screen) failing(p *page, c control.Check, idWidth int, now control.Time
 			continue
 		}
 		label := f[0]
-		for _, l := range wrap(clean(f[1]), width-16) {
-			p.line("%s%s%s", indent, pad(label, 10), l)
-			label = ""
+		for part := range strings.SplitSeq(f[1], "\n") { // lines to copy stay lines
+			for _, l := range wrap(clean(part), width-16) {
+				p.line("%s%s%s", indent, pad(label, 10), l)
+				label = ""
+			}
 		}
 	}
 	p.blank()

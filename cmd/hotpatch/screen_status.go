@@ -23,7 +23,11 @@ func (s *screen) status(st *control.Status, open *control.Processes) string {
 	colour, text := s.sentence(st)
 	p.verdict(s, colour, strings.ToUpper(string(st.State)), text)
 	if st.Paused {
-		p.verdict(s, fair, "PAUSED", "Nothing new is applied until: hotpatch resume. What is applied stays.")
+		until := "hotpatch resume"
+		if st.PausedBy == "policy" {
+			until = "the policy says pause = false"
+		}
+		p.verdict(s, fair, "PAUSED", "Nothing new is applied until: "+until+". What is applied stays.")
 	}
 	p.blank()
 	s.openRows(p, rows, st)

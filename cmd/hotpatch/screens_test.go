@@ -54,6 +54,7 @@ func screens() map[string]string {
 	held.Paused = true
 	all["status-held"] = s.status(held, nil)
 	manual, waits := wellStatus(), openProcesses()
+	manual.Paused, manual.PausedBy = true, "policy"
 	manual.State, manual.Mode, manual.Releases, manual.Release = control.Incomplete, "manual", nil, nil
 	manual.Coverage = coverage(map[control.ImageState]int{control.Unpatched: 2}, 2)
 	for i := range waits.Processes {
