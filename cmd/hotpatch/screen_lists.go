@@ -28,8 +28,10 @@ func (s *screen) offers(d *control.Offers) string {
 			word = "halted"
 		case o.Fits:
 			word = "fits"
+		case o.ReasonCode == "manual":
+			word = "manual"
 		}
-		if o.Fits {
+		if o.Fits || o.ReasonCode == "manual" {
 			fit++
 		}
 		if o.Fits && !o.InForce && !o.Held && next == "" {

@@ -22,7 +22,11 @@ func (s *screen) plan(d *control.Plan, pid int) string {
 	}
 	c := d.Coverage
 	if changes(d) == 0 {
-		p.verdict(s, "", "PLAN", fmt.Sprintf("%s: nothing is to be done. Of %s in %s: %s.", name, many(c.Images, "image"), processes(c.Processes), counts(c)))
+		nothing := "nothing is to be done"
+		if c.Patched+c.Fixed < c.Images {
+			nothing = "nothing would be changed"
+		}
+		p.verdict(s, "", "PLAN", fmt.Sprintf("%s: %s. Of %s in %s: %s.", name, nothing, many(c.Images, "image"), processes(c.Processes), counts(c)))
 	} else {
 		p.verdict(s, "", "PLAN", fmt.Sprintf("%s: %d of %s in %s would run fixed code. Nothing is changed by looking.",
 			name, c.Patched+c.Fixed, many(c.Images, "image"), processes(c.Processes)))

@@ -146,8 +146,9 @@ func (s *screen) sentence(st *control.Status) (colour, text string) {
 func heldSentence(st *control.Status) string {
 	var ids, cves []string
 	for _, h := range st.Holds {
+		cves = append(cves, h.CVEs...)
 		if h.Decisive {
-			ids, cves = append(ids, h.ID), append(cves, h.CVEs...)
+			ids = append(ids, h.ID)
 		}
 	}
 	text := "A release is held on this device."

@@ -91,6 +91,10 @@ func screens() map[string]string {
 	notHere := offersDoc()
 	notHere.Eligible = false
 	all["list-ineligible"] = s.offers(notHere)
+	byHand := offersDoc()
+	byHand.Releases = byHand.Releases[:1]
+	byHand.Releases[0].Fits, byHand.Releases[0].ReasonCode, byHand.Releases[0].Reason = false, "manual", `the policy says mode = "manual"`
+	all["list-manual"] = s.offers(byHand)
 	onlyHeld := offersDoc()
 	onlyHeld.Releases = onlyHeld.Releases[3:]
 	all["list-held"] = s.offers(onlyHeld)
@@ -116,6 +120,10 @@ func screens() map[string]string {
 	}
 	done.Coverage = coverage(map[control.ImageState]int{control.Patched: 3}, 3)
 	all["plan-done"] = s.plan(done, 0)
+	stuck := planOf(1)
+	stuck.Processes[0].Images[0].Functions = nil
+	stuck.Coverage = coverage(map[control.ImageState]int{control.Blocked: 1}, 1)
+	all["plan-blocked"] = s.plan(stuck, 0)
 	wontDo := planDoc()
 	wontDo.Refused = &control.Refusal{Code: "not-eligible", Text: "the device is not eligible: vbs", Hint: "hotpatch eligibility says what to do"}
 	all["plan-ineligible"] = s.plan(wontDo, 0)
