@@ -69,7 +69,7 @@ func wrongType(key, name string, kind, want uint32) error {
 	return fmt.Errorf(`HKLM\%s, %s is %s, not %s`, key, name, is, typeNames[want])
 }
 
-// Text implements registry.
+// Text implements hive.
 func (localMachine) Text(key, name string) (string, error) {
 	b, kind, err := value(key, name)
 	if err != nil {
@@ -86,7 +86,7 @@ func (localMachine) Text(key, name string) (string, error) {
 	return syscall.UTF16ToString(u), nil
 }
 
-// Number implements registry.
+// Number implements hive.
 func (localMachine) Number(key, name string) (uint64, error) {
 	b, kind, err := value(key, name)
 	if err != nil {
@@ -101,7 +101,7 @@ func (localMachine) Number(key, name string) (uint64, error) {
 	return uint64(*(*uint32)(unsafe.Pointer(&b[0]))), nil
 }
 
-// Keys implements registry.
+// Keys implements hive.
 func (localMachine) Keys(key string) ([]string, error) {
 	k, err := open(key, registry.ENUMERATE_SUB_KEYS)
 	if err != nil {

@@ -11,10 +11,10 @@ import (
 	"hotpatchd/eligibility"
 )
 
-// registry is HKEY_LOCAL_MACHINE as far as it is read. Keys are paths below
+// hive is HKEY_LOCAL_MACHINE as far as it is read. Keys are paths below
 // it. What is not there is an error that is fs.ErrNotExist. Nothing in this
 // file needs Windows to be compiled or tested.
-type registry interface {
+type hive interface {
 	Text(key, name string) (string, error)   // REG_SZ
 	Number(key, name string) (uint64, error) // REG_DWORD
 	Keys(key string) ([]string, error)       // names of the keys below
@@ -59,7 +59,7 @@ type token struct {
 	debug    bool // SeDebugPrivilege can be switched on
 }
 
-// system is what is asked by calls. Each may fail where a Windows does not have it.
+// systemCalls is what is asked by calls. Each may fail where a Windows does not have it.
 type systemCalls interface {
 	Version() (osVersion, error)
 	Machine() (native uint16, err error)
@@ -72,7 +72,7 @@ type systemCalls interface {
 
 // device is a Windows device that can be asked.
 type device struct {
-	reg registry
+	reg hive
 	sys systemCalls
 }
 
