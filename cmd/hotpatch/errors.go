@@ -100,7 +100,7 @@ func unreachable(err error) (*control.Error, int) {
 	where, _, _ := strings.Cut(err.Error(), ": ")
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		e.Text = where + ": there is no such socket"
+		e.Text = where + ": nothing listens there; there is no such socket"
 		e.Hint += "; a daemon that listens elsewhere: --socket ADDRESS. What is applied stays applied meanwhile"
 	case errors.Is(err, syscall.ECONNREFUSED):
 		e.Text = where + ": nothing listens there"
