@@ -55,3 +55,14 @@ func serviceOf(stub []byte) (uint32, bool) {
 	}
 	return binary.LittleEndian.Uint32(stub[4:]), true
 }
+
+// callStub takes the address of four words (rcx): a function and its three
+// arguments. It leaves the return address where it found it, so that the
+// function returns into the start of the thread.
+var callStub = []byte{
+	0x48, 0x8b, 0x01, // mov rax,[rcx]
+	0x48, 0x8b, 0x51, 0x10, // mov rdx,[rcx+16]
+	0x4c, 0x8b, 0x41, 0x18, // mov r8,[rcx+24]
+	0x48, 0x8b, 0x49, 0x08, // mov rcx,[rcx+8]
+	0xff, 0xe0, // jmp rax
+}

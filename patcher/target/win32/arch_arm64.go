@@ -42,3 +42,14 @@ func serviceOf(stub []byte) (uint32, bool) {
 	w := binary.LittleEndian.Uint32(stub)
 	return w >> 5 & 0xffff, w&0xffe0001f == 0xd4000001
 }
+
+// callStub takes the address of four words (x0): a function and its three
+// arguments. It leaves the link register as it found it, so that the function
+// returns into the start of the thread.
+var callStub = []byte{
+	0x08, 0x00, 0x40, 0xf9, // ldr x8,[x0]
+	0x01, 0x08, 0x40, 0xf9, // ldr x1,[x0,#16]
+	0x02, 0x0c, 0x40, 0xf9, // ldr x2,[x0,#24]
+	0x00, 0x04, 0x40, 0xf9, // ldr x0,[x0,#8]
+	0x00, 0x01, 0x1f, 0xd6, // br x8
+}

@@ -5,6 +5,7 @@ package win32
 import (
 	"os"
 	"sync"
+	"time"
 
 	"hotpatchd/patcher/target"
 )
@@ -14,6 +15,7 @@ type backend struct {
 	kernel kernel
 	method method
 	guard  guardian
+	limit  time.Duration // of a call made in a process
 
 	mu       sync.Mutex
 	procs    map[int]*known
@@ -32,6 +34,7 @@ func New() (target.Backend, error) { return newBackend(system{}), nil }
 func newBackend(k kernel) *backend {
 	b := &backend{
 		kernel:   k,
+		limit:    callLimit,
 		procs:    map[int]*known{},
 		desc:     describer{self: os.Getpid(), users: map[string]string{}},
 		turns:    1,

@@ -61,7 +61,7 @@ func (p *process) Freeze(ctx context.Context) (target.Frozen, error) {
 	if p.id.PID == p.b.desc.self {
 		return nil, p.refuse("freeze", 0, target.ErrDenied, "this is ourselves")
 	}
-	if debugged(p.h) {
+	if asked(p.h).debugged() {
 		return nil, p.refuse("freeze", 0, target.ErrDenied, "a debugger is attached")
 	}
 	if err := p.grant("freeze", rightsStop); err != nil {
@@ -123,23 +123,29 @@ func (z *frozen) start(ctx context.Context) (target.Frozen, error) {
 	limit := time.NewTimer(target.FreezeLimit(len(z.threads)) + grace)
 	defer limit.Stop()
 	var err error
+	hangs := false
 	select {
 	case err = <-result:
 	case <-ctx.Done():
-		err = z.late()
+		err, hangs = z.late(), true
 	case <-limit.C:
 		select {
 		case err = <-result: // it has more threads than at first, or ended this very moment
 		case <-time.After(target.FreezeLimit(0)):
-			err = z.late()
+			err, hangs = z.late(), true
 		}
 	}
 	if err != nil {
-		// What hangs inside a call closes its handles when it comes back.
 		z.release()
-		go z.discard()
+		z.mu.Lock()
 		if z.failed != nil {
-			return nil, z.failed
+			err = z.failed
+		}
+		z.mu.Unlock()
+		if hangs { // the handles are closed when its call comes back
+			go z.discard()
+		} else {
+			z.discard()
 		}
 		return nil, err
 	}

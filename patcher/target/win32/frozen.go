@@ -11,27 +11,30 @@ import (
 	"hotpatchd/patcher/target"
 )
 
-// release lets every thread go on. It may be called at any time and by anybody.
+// release lets every thread go on. It may be called at any time and by
+// anybody, and again for those that could not be let go of.
 func (z *frozen) release() {
 	z.mu.Lock()
 	defer z.mu.Unlock()
-	if z.released {
+	if z.released && z.failed == nil {
 		return
 	}
-	z.released = true
+	z.released, z.failed = true, nil
 	k := z.p.b.kernel
 	if z.change != 0 {
 		if z.changed {
-			// Closing the object lets them go, whatever the system says to this.
-			z.failed = ignoreGone(z.p, k.change(z.change, z.p.h, false))
+			z.failed = z.unlessGone(k.change(z.change, z.p.h, false))
 		}
-		k.close(z.change)
+		if z.failed == nil {
+			k.close(z.change)
+			z.change = 0
+		}
 	}
 	for i := range z.threads {
 		if t := &z.threads[i]; t.stopped {
 			t.slot.releasing()
 			if _, err := k.resume(t.h); err != nil && !k.ended(t.h) {
-				z.failed = ignoreGone(z.p, fmt.Errorf("thread %d: %w", t.tid, err))
+				z.failed = z.unlessGone(fmt.Errorf("thread %d: %w", t.tid, err))
 				continue
 			}
 			t.stopped = false
@@ -40,14 +43,15 @@ func (z *frozen) release() {
 	z.pause = time.Since(z.began)
 }
 
-func ignoreGone(p *process, err error) error {
-	if err == nil || p.over() {
+func (z *frozen) unlessGone(err error) error {
+	if err == nil || z.p.over() {
 		return nil
 	}
-	return p.fail("thaw", 0, err)
+	return z.p.fail("thaw", 0, err)
 }
 
 // discard gives back what the freeze holds, once nobody works for it any more.
+// A state change object that would not let go is closed: that does.
 func (z *frozen) discard() {
 	z.closed.Do(func() {
 		<-z.working
@@ -58,6 +62,9 @@ func (z *frozen) discard() {
 				b.guard.disarm(k, t.slot)
 			}
 			k.close(t.h)
+		}
+		if z.change != 0 {
+			k.close(z.change)
 		}
 		b.mu.Lock()
 		defer b.mu.Unlock()
@@ -73,26 +80,17 @@ func (z *frozen) Thaw() error {
 		z.lapse()
 	}
 	z.release()
-	if z.failed == nil {
-		z.discard()
-	} else {
-		z.again()
+	z.mu.Lock()
+	failed := z.failed
+	z.mu.Unlock()
+	if failed != nil {
+		return failed
 	}
-	if z.p.frozen == z && z.failed == nil {
+	z.discard()
+	if z.p.frozen == z {
 		z.p.frozen = nil
 	}
-	return z.failed
-}
-
-// again repeats what failed.
-func (z *frozen) again() {
-	z.mu.Lock()
-	z.released, z.failed = false, nil
-	if z.change != 0 {
-		z.change, z.changed = 0, false // closed
-	}
-	z.mu.Unlock()
-	z.release()
+	return nil
 }
 
 // Pause is the time from the first stop to the last release.

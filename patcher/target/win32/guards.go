@@ -31,9 +31,22 @@ var neverTouch = []string{
 	"ccsvchst.exe", "mfemms.exe", "xagt.exe", "cyserver.exe", "tmccsf.exe",
 }
 
-// guards are what speaks against touching a process. What this Windows cannot
-// tell is no guard: the call itself will be refused then, before any effect.
-func (d *describer) guards(h windows.Handle, i target.Info, machine, native uint16) []target.Guard {
+// facts are what Windows tells of a process that may speak against touching
+// it. asked is the real one. known is false where this Windows cannot tell: that
+// is no guard, the call itself will be refused then, before any effect.
+type facts interface {
+	critical() bool
+	debugged() bool
+	protection() (kind byte, known bool)
+	mitigation(policy uintptr) (flags uint32, known bool)
+	machines() (process, native uint16)
+}
+
+// asked answers by the calls of a process handle.
+type asked windows.Handle
+
+// guards are what speaks against touching a process.
+func (d *describer) guards(f facts, i target.Info) []target.Guard {
 	var g []target.Guard
 	add := func(code target.GuardCode, format string, args ...any) {
 		g = append(g, target.Guard{Code: code, Text: fmt.Sprintf(format, args...)})
@@ -43,48 +56,48 @@ func (d *describer) guards(h windows.Handle, i target.Info, machine, native uint
 	}
 	if slices.Contains(neverTouch, strings.ToLower(i.Host)) {
 		add(target.GuardSystem, "%s is never touched", i.Host)
-	} else if critical(h) {
+	} else if f.critical() {
 		add(target.GuardSystem, "%s is critical to the system: its end would be the machine's", i.Host)
 	}
-	if kind, ok := protection(h); ok && kind != 0 {
+	if kind, ok := f.protection(); ok && kind != 0 {
 		add(target.GuardProtected, "a protected process (%s)", protectionText(kind))
 	}
-	switch {
+	switch machine, native := f.machines(); {
 	case machine == machineI386 || machine == machineARMNT:
 		add(target.Guard32Bit, "a 32-bit program")
 	case machine != native:
 		add(target.GuardEmulated, "%s code on an %s machine", archOf(machine), archOf(native))
 	}
-	if debugged(h) {
+	if f.debugged() {
 		add(target.GuardTracer, "a debugger is attached")
 	}
-	if p, ok := mitigation(h, dynamicCodePolicy); ok && p&prohibitDynamicCode != 0 {
+	if p, ok := f.mitigation(dynamicCodePolicy); ok && p&prohibitDynamicCode != 0 {
 		add(target.GuardDynamicCode, "arbitrary code guard is on: no new code in its memory")
 	}
-	if p, ok := mitigation(h, signaturePolicy); ok && p&(microsoftSignedOnly|storeSignedOnly|mitigationOptIn) != 0 {
+	if p, ok := f.mitigation(signaturePolicy); ok && p&(microsoftSignedOnly|storeSignedOnly|mitigationOptIn) != 0 {
 		add(target.GuardSigned, "code integrity guard is on: only images signed as it asks for")
 	}
 	return g
 }
 
-func critical(h windows.Handle) bool {
+func (h asked) critical() bool {
 	var yes int32
 	_, err := win(isProcessCritical, uintptr(h), uintptr(unsafe.Pointer(&yes)))
 	return err == nil && yes != 0
 }
 
 // debugged asks for the debug port. No answer is no.
-func debugged(h windows.Handle) bool {
+func (h asked) debugged() bool {
 	var port uintptr
-	return query(h, windows.ProcessDebugPort, &port) == nil && port != 0
+	return query(windows.Handle(h), windows.ProcessDebugPort, &port) == nil && port != 0
 }
 
 // processProtectionInformation is the class of PS_PROTECTION: type in the low
 // three bits, signer in the high four (ntddk.h).
 const processProtectionInformation = 61
 
-func protection(h windows.Handle) (kind byte, ok bool) {
-	err := query(h, processProtectionInformation, &kind)
+func (h asked) protection() (kind byte, known bool) {
+	err := query(windows.Handle(h), processProtectionInformation, &kind)
 	return kind & 7, err == nil
 }
 
@@ -105,7 +118,7 @@ const (
 	mitigationOptIn     = 1 << 2
 )
 
-func mitigation(h windows.Handle, policy uintptr) (flags uint32, ok bool) {
+func (h asked) mitigation(policy uintptr) (flags uint32, known bool) {
 	_, err := win(getProcessMitigationPolicy, uintptr(h), policy, uintptr(unsafe.Pointer(&flags)), unsafe.Sizeof(flags))
 	return flags, err == nil
 }
@@ -115,9 +128,9 @@ const processMachineTypeInfo = 9
 
 // machines are the machine of the process's code and that of the system. Only
 // the newer call tells of amd64 code on arm64, which is no WOW64.
-func machines(h windows.Handle) (process, native uint16) {
+func (h asked) machines() (process, native uint16) {
 	if isWow64Process2.Find() == nil {
-		_ = windows.IsWow64Process2(h, &process, &native)
+		_ = windows.IsWow64Process2(windows.Handle(h), &process, &native)
 	}
 	if native == machineUnknown {
 		native = nativeMachine

@@ -41,9 +41,10 @@ func (d *describer) describe(h windows.Handle, e entry) target.Info {
 	}
 	i.User = d.user(h)
 	i.PEB = peb(h)
-	machine, native := machines(h)
+	f := asked(h)
+	machine, _ := f.machines()
 	i.Arch = archOf(machine)
-	i.Guards = d.guards(h, i, machine, native)
+	i.Guards = d.guards(f, i)
 	return i
 }
 

@@ -11,10 +11,12 @@ import (
 	"hotpatchd/patcher/target"
 )
 
-// kernel is what a freeze asks of Windows. system is the real one; tests put
+// kernel is what rights and freezes ask of Windows. system is the real one; tests put
 // others in its place: one that ends us at the n-th call, one that has what
 // the Windows they run on has not.
 type kernel interface {
+	// process opens a process by its pid.
+	process(pid int, rights uint32) (windows.Handle, error)
 	// threads are the ids of the threads of a process.
 	threads(id target.ID) ([]int, error)
 	open(tid int) (windows.Handle, error)
@@ -50,6 +52,10 @@ type registers struct {
 type system struct{}
 
 const rightsThreadStop = windows.THREAD_SUSPEND_RESUME | windows.THREAD_GET_CONTEXT | windows.THREAD_QUERY_INFORMATION | windows.SYNCHRONIZE
+
+func (system) process(pid int, rights uint32) (windows.Handle, error) {
+	return windows.OpenProcess(rights, false, uint32(pid))
+}
 
 func (system) threads(id target.ID) ([]int, error) {
 	e, err := find(id)

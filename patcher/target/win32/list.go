@@ -83,9 +83,9 @@ func (b *backend) refresh(e entry) *known {
 	if k != nil && k.virtual == e.virtual && (k.faults == e.faults || !b.turn(e.id.PID)) {
 		return k
 	}
-	h, err := windows.OpenProcess(windows.PROCESS_QUERY_INFORMATION|windows.SYNCHRONIZE, false, uint32(e.id.PID))
+	h, err := b.kernel.process(e.id.PID, windows.PROCESS_QUERY_INFORMATION|windows.SYNCHRONIZE)
 	if err != nil {
-		h, err = windows.OpenProcess(windows.PROCESS_QUERY_LIMITED_INFORMATION|windows.SYNCHRONIZE, false, uint32(e.id.PID))
+		h, err = b.kernel.process(e.id.PID, windows.PROCESS_QUERY_LIMITED_INFORMATION|windows.SYNCHRONIZE)
 	}
 	if err == nil {
 		defer windows.CloseHandle(h)

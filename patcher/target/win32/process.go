@@ -87,7 +87,7 @@ func (p *process) grant(op string, rights uint32) error {
 	if p.rights&rights == rights {
 		return nil
 	}
-	h, err := windows.OpenProcess(p.rights|rights, false, uint32(p.id.PID))
+	h, err := p.b.kernel.process(p.id.PID, p.rights|rights)
 	if err != nil {
 		if p.h == 0 && errors.Is(err, windows.ERROR_INVALID_PARAMETER) {
 			err = target.ErrGone // no process has this pid
@@ -110,8 +110,10 @@ func (p *process) Info() target.Info { return p.info }
 
 func (p *process) Close() error {
 	var err error
-	if p.frozen != nil {
-		err = p.frozen.Thaw()
+	if z := p.frozen; z != nil {
+		if err = z.Thaw(); err != nil {
+			err = z.Thaw() // for the last time
+		}
 	}
 	p.release()
 	return err

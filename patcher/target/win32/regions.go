@@ -3,7 +3,6 @@
 package win32
 
 import (
-	"path/filepath"
 	"strings"
 	"unsafe"
 
@@ -77,6 +76,7 @@ func (p *process) Regions() ([]target.Region, error) {
 	p.b.mu.Lock()
 	ours := p.b.reserved[p.id].clone()
 	p.b.mu.Unlock()
+	var d drives
 	err := walk(p.h, 0, maxAddr, func(i *windows.MemoryBasicInformation) bool {
 		if i.State == memFree || i.State == windows.MEM_RESERVE && ours.has(i.AllocationBase) {
 			return true
@@ -88,7 +88,7 @@ func (p *process) Regions() ([]target.Region, error) {
 		if i.AllocationBase != named {
 			named, path, first = i.AllocationBase, "", len(list)
 			if i.Type == memImage || i.Type == memMapped {
-				path = mappedFile(p.h, i.AllocationBase)
+				path = d.dosPath(mappedFile(p.h, i.AllocationBase))
 			}
 		}
 		switch {
@@ -126,14 +126,14 @@ const memoryMappedFilenameInformation = 2
 // maxPath is the longest path of the system in UTF-16 units.
 const maxPath = 32 << 10
 
-// mappedFile is the path of what is mapped, "" if it is no file.
+// mappedFile is the kernel's path of what is mapped, "" if it is no file.
 func mappedFile(h windows.Handle, base uintptr) string {
 	for size := 1 << 10; size <= 2*maxPath+64; size *= 8 {
 		buf := make([]uint64, size/8) // the answer begins with a structure of pointers
 		var need uintptr
 		err := nt(ntQueryVirtualMemory, uintptr(h), base, memoryMappedFilenameInformation, uintptr(unsafe.Pointer(&buf[0])), uintptr(size), uintptr(unsafe.Pointer(&need)))
 		if err == nil {
-			return dosPath((*windows.NTUnicodeString)(unsafe.Pointer(&buf[0])).String())
+			return (*windows.NTUnicodeString)(unsafe.Pointer(&buf[0])).String()
 		}
 		if err != windows.STATUS_BUFFER_OVERFLOW && err != windows.STATUS_INFO_LENGTH_MISMATCH && err != windows.STATUS_BUFFER_TOO_SMALL {
 			break
@@ -142,9 +142,16 @@ func mappedFile(h windows.Handle, base uintptr) string {
 	return ""
 }
 
+// drives are the devices behind drive letters, asked for when first needed.
+type drives struct {
+	letters []string // "C:"
+	devices []string // "\Device\HarddiskVolume3\"
+	asked   bool
+}
+
 // dosPath spells a path of the kernel as Windows programs do, as far as a drive
 // letter stands for its device.
-func dosPath(name string) string {
+func (d *drives) dosPath(name string) string {
 	if rest, ok := strings.CutPrefix(name, `\??\`); ok {
 		return rest
 	}
@@ -154,22 +161,34 @@ func dosPath(name string) string {
 	if !strings.HasPrefix(name, `\Device\`) {
 		return name
 	}
-	drives, err := windows.GetLogicalDrives()
-	if err != nil {
-		return name
-	}
-	for n := range 26 {
-		if drives>>n&1 == 0 {
-			continue
-		}
-		drive := []uint16{'A' + uint16(n), ':', 0}
-		var device [windows.MAX_PATH]uint16
-		if _, err := windows.QueryDosDevice(&drive[0], &device[0], uint32(len(device))); err != nil {
-			continue
-		}
-		if rest, ok := strings.CutPrefix(name, windows.UTF16ToString(device[:])+`\`); ok {
-			return windows.UTF16ToString(drive) + `\` + filepath.Clean(rest)
+	d.ask()
+	for n, device := range d.devices {
+		if rest, ok := strings.CutPrefix(name, device); ok {
+			return d.letters[n] + `\` + rest
 		}
 	}
 	return name
+}
+
+func (d *drives) ask() {
+	if d.asked {
+		return
+	}
+	d.asked = true
+	present, err := windows.GetLogicalDrives()
+	if err != nil {
+		return
+	}
+	for n := range 26 {
+		letter := []uint16{'A' + uint16(n), ':', 0}
+		var device [windows.MAX_PATH]uint16
+		if present>>n&1 == 0 {
+			continue
+		}
+		if _, err := windows.QueryDosDevice(&letter[0], &device[0], uint32(len(device))); err != nil {
+			continue
+		}
+		d.letters = append(d.letters, windows.UTF16ToString(letter))
+		d.devices = append(d.devices, windows.UTF16ToString(device[:])+`\`)
+	}
 }

@@ -4,7 +4,6 @@ package win32
 
 import (
 	"fmt"
-	"os"
 	"strconv"
 	"testing"
 
@@ -12,11 +11,6 @@ import (
 	"hotpatchd/patcher/target/targettest"
 	"hotpatchd/patcher/target/win32/winhosttest"
 )
-
-func TestMain(m *testing.M) {
-	Guardian()
-	os.Exit(m.Run())
-}
 
 func TestSuite(t *testing.T) {
 	targettest.Run(t, targettest.Setup{

@@ -21,6 +21,9 @@ var (
 	ntCreateProcessStateChange = ntdll.NewProc("NtCreateProcessStateChange")
 	ntChangeProcessState       = ntdll.NewProc("NtChangeProcessState")
 
+	ntCreateThreadEx = ntdll.NewProc("NtCreateThreadEx")
+
+	createRemoteThread    = kernel32.NewProc("CreateRemoteThread")
 	flushInstructionCache = kernel32.NewProc("FlushInstructionCache")
 	getThreadContext      = kernel32.NewProc("GetThreadContext")
 	suspendThread         = kernel32.NewProc("SuspendThread")

@@ -4,7 +4,6 @@ package winhosttest
 
 import (
 	"bufio"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -251,9 +250,7 @@ func (h *Host) Kill() { h.cmd.Process.Kill() }
 // Exit ends it and waits until it is gone. It may be called again.
 func (h *Host) Exit() {
 	if h.Alive() {
-		if err := h.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) && h.Alive() {
-			h.t.Logf("cannot end host %d: %v", h.PID, err)
-		}
+		h.Kill()
 	}
 	h.await()
 }
