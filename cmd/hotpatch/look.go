@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -71,14 +72,19 @@ func (s *session) statusCommand() *cobra.Command {
 			return exitIf(true, checkCode(st))
 		},
 	}
-	c.Flags().BoolVar(&check, "check", false, "exit with 0 if all is well, 3 if the device is not eligible, 4 if anything is open")
+	c.Flags().BoolVar(&check, "check", false, "exit with 0 if all is well, 3 if the device is not eligible, 4 if anything is open or wrong")
 	return c
 }
 
 // checkCode is the exit code of status --check.
 func checkCode(st *control.Status) int {
-	switch {
-	case st.State == control.Hotpatched || st.State == control.UpToDate:
+	// The images may be well, and yet the daemon waits for somebody: a damaged
+	// state, a policy that was refused.
+	wrong := slices.ContainsFunc(st.Attention, func(a control.Attention) bool { return a.Severity == control.SeverityError })
+	switch well := st.State == control.Hotpatched || st.State == control.UpToDate; {
+	case well && wrong:
+		return exitIncomplete
+	case well:
 		return exitDone
 	case st.State == control.Ineligible || !st.Eligible && st.State != control.Unknown:
 		return exitNotEligible

@@ -262,3 +262,22 @@ func TestTimesInSentences(t *testing.T) {
 		}
 	}
 }
+
+func TestCheckCode(t *testing.T) {
+	with := func(state control.State, severity string) *control.Status {
+		st := wellStatus()
+		st.State, st.Attention = state, []control.Attention{{Code: "x", Severity: severity}}
+		return st
+	}
+	out := wellStatus()
+	out.Eligible, out.State = false, control.Ineligible
+	for _, c := range []struct {
+		st   *control.Status
+		want int
+	}{{wellStatus(), exitDone}, {with(control.UpToDate, control.SeverityWarning), exitDone}, {with(control.Hotpatched, control.SeverityError), exitIncomplete},
+		{with(control.Held, control.SeverityWarning), exitIncomplete}, {with(control.Incomplete, ""), exitIncomplete}, {out, exitNotEligible}} {
+		if got := checkCode(c.st); got != c.want {
+			t.Errorf("%s %+v: %d, wanted %d", c.st.State, c.st.Attention, got, c.want)
+		}
+	}
+}
