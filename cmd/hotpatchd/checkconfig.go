@@ -10,6 +10,7 @@ import (
 	"os/user"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -96,8 +97,31 @@ func (c *checker) owned(what, path string) {
 	case runtime.GOOS != "windows" && info.Mode().Perm()&0o022 != 0:
 		c.wrong(what, "%s may be written by others than its owner (mode %v): they would command the daemon; chmod go-w", path, info.Mode().Perm())
 	default:
+		if owner, err := strangerOwns(path); err != nil {
+			c.wrong(what, "cannot tell who owns %s: %v", path, err)
+			return
+		} else if owner != "" {
+			c.wrong(what, "%s belongs to %s, who would command the daemon; it must belong to Administrators", path, owner)
+			return
+		}
 		c.ok(what, "%s", path)
 	}
+}
+
+// removeTree removes a folder with all that is in it, from the bottom up: it
+// asks for no call that only some versions of Windows have.
+func removeTree(dir string) error {
+	var paths []string
+	err := filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
+		paths = append(paths, path)
+		return err
+	})
+	for _, path := range slices.Backward(paths) {
+		if e := os.Remove(path); e != nil && !errors.Is(e, fs.ErrNotExist) {
+			err = errors.Join(err, e)
+		}
+	}
+	return err
 }
 
 func (c *checker) policy(cfg *agent.Config) {
@@ -129,7 +153,7 @@ func (c *checker) repository(cfg *agent.Config) {
 		c.wrong("repository", "cannot check the root of trust: %v", err)
 		return
 	}
-	defer os.RemoveAll(cache)
+	defer removeTree(cache)
 	address := r.URL
 	if address == "" {
 		address = "file:///"

@@ -146,7 +146,7 @@ func tell(ctx context.Context, s stage, out io.Writer) (err error) {
 		if d.client != nil {
 			d.client.Close()
 		}
-		if rerr := os.RemoveAll(dir); err == nil {
+		if rerr := removeTree(dir); err == nil {
 			err = rerr
 		}
 	}()

@@ -30,6 +30,9 @@ const (
 var version string
 
 func main() {
+	if err := firstOfAll(); err != nil {
+		os.Exit(failed(os.Stderr, err))
+	}
 	win32.Guardian() // is this process one, it does nothing else
 	os.Exit(dispatch(os.Args[1:], os.Stdout, os.Stderr))
 }

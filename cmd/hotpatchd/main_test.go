@@ -165,6 +165,24 @@ func TestCheckConfig(t *testing.T) {
 	}
 }
 
+func TestRemoveTree(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "tree")
+	if err := os.MkdirAll(filepath.Join(dir, "a", "b"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	put(t, filepath.Join(dir, "a", "b", "c"), "x")
+	put(t, filepath.Join(dir, "d"), "x")
+	if err := removeTree(dir); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Lstat(dir); err == nil {
+		t.Error("it is still there")
+	}
+	if err := removeTree(dir); err == nil {
+		t.Error("there was nothing to remove, and no word of it")
+	}
+}
+
 func names(t *testing.T, folder string) string {
 	entries, err := os.ReadDir(folder)
 	if err != nil {

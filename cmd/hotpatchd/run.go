@@ -69,6 +69,7 @@ func runCommand(c *command, args []string, _, errOut io.Writer) int {
 	}
 	work := func(ctx context.Context, ready func()) error { return runConfigured(ctx, *path, log, ready) }
 	if *managed {
+		log = withEvents(log)
 		err = underManager(work)
 	} else {
 		err = inForeground(work)

@@ -31,7 +31,8 @@ const patience = 30 * time.Second
 const asProgram = "HOTPATCHD_TEST_PROGRAM"
 
 func TestMain(m *testing.M) {
-	if os.Getenv(asProgram) != "" {
+	// Windows' service manager hands down no environment of ours.
+	if os.Getenv(asProgram) != "" || len(os.Args) > 1 && os.Args[1] == "run" {
 		main()
 	}
 	os.Exit(m.Run())

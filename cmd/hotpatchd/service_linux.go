@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/kardianos/service"
+	"go.uber.org/zap"
 )
 
 const (
@@ -156,3 +157,13 @@ func systemctlOutput(args ...string) (string, error) {
 	}
 	return text, nil
 }
+
+// firstOfAll is what main does before anything else: nothing here.
+func firstOfAll() error { return nil }
+
+// withEvents adds the system's event log where there is one: the supervisor
+// collects what we write.
+func withEvents(log *zap.Logger) *zap.Logger { return log }
+
+// strangerOwns is a question for Windows: here the mode of a file is looked at.
+func strangerOwns(string) (owner string, err error) { return "", nil }

@@ -5,6 +5,8 @@ package main
 import (
 	"context"
 	"errors"
+
+	"go.uber.org/zap"
 )
 
 // underManager: nothing manages us here.
@@ -17,3 +19,13 @@ func (installer) uninstall() (string, error) { return "", errNoManager }
 func (installer) start() (string, error)     { return "", errNoManager }
 func (installer) stop() (string, error)      { return "", errNoManager }
 func (installer) restart() (string, error)   { return "", errNoManager }
+
+// firstOfAll is what main does before anything else: nothing here.
+func firstOfAll() error { return nil }
+
+// withEvents adds the system's event log where there is one: the supervisor
+// collects what we write.
+func withEvents(log *zap.Logger) *zap.Logger { return log }
+
+// strangerOwns is a question for Windows: here the mode of a file is looked at.
+func strangerOwns(string) (owner string, err error) { return "", nil }

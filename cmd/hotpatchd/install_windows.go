@@ -1,0 +1,325 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+	"unsafe"
+
+	"github.com/kardianos/service"
+	"golang.org/x/sys/windows"
+	"golang.org/x/sys/windows/svc"
+	"golang.org/x/sys/windows/svc/eventlog"
+	"golang.org/x/sys/windows/svc/mgr"
+
+	"hotpatchd/agent"
+)
+
+const (
+	// controlWait bounds a start or stop that a person waits for; the daemon
+	// gives itself less (stopWait).
+	controlWait = 60 * time.Second
+	// goneWait bounds the wait for a removed service to leave the manager's
+	// list: it stays there while anybody has it open.
+	goneWait = 10 * time.Second
+	// controlPause is between two looks at the service.
+	controlPause = 100 * time.Millisecond
+)
+
+func (i installer) arguments() []string { return []string{"--service", "--log-file", i.logFile()} }
+
+func (i installer) logFile() string { return filepath.Join(filepath.Dir(i.config), "hotpatchd.log") }
+
+func (i installer) install() (string, error) {
+	if err := i.protectHome(); err != nil {
+		return "", err
+	}
+	if err := i.ensureConfig(); err != nil {
+		return "", err
+	}
+	c := i.definition(i.arguments()...)
+	c.Option = service.KeyValue{"StartType": "automatic"}
+	kept := false
+	err := withService(func(*mgr.Service) error { kept = true; return nil })
+	if errors.Is(err, windows.ERROR_SERVICE_DOES_NOT_EXIST) {
+		var s service.Service
+		if s, err = service.New(idle{}, c); err == nil {
+			err = s.Install()
+		}
+	}
+	if err == nil {
+		err = withService(func(s *mgr.Service) error { return i.mend(s, kept) })
+	}
+	if err == nil {
+		err = withService(i.harden)
+	}
+	if err == nil && kept { // kardianos/service has done it for a new one
+		err = eventlog.InstallAsEventCreate(serviceName, eventlog.Error|eventlog.Warning|eventlog.Info)
+		if err != nil && strings.Contains(err.Error(), "exists") {
+			err = nil
+		}
+	}
+	if err != nil {
+		return "", fmt.Errorf("cannot install the service: %w", err)
+	}
+	return "installed, starts with the system. Start it now with: hotpatchd service start", nil
+}
+
+// protectHome makes the folder of the configuration for SYSTEM and
+// Administrators only. One that is there keeps its rights, unless it is the one
+// in ProgramData, where anyone may make folders; it is refused if it belongs to
+// anyone else, who could put his own configuration into it.
+func (i installer) protectHome() error {
+	const sddl = "D:P(A;OICI;FA;;;SY)(A;OICI;FA;;;BA)"
+	dir := filepath.Dir(i.config)
+	sd, err := windows.SecurityDescriptorFromString(sddl)
+	if err != nil {
+		return fmt.Errorf("cannot protect %s: %w", dir, err)
+	}
+	_, err = os.Stat(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
+			return fmt.Errorf("cannot make the folder of the configuration: %w", err)
+		}
+		name, err := windows.UTF16PtrFromString(dir)
+		if err != nil {
+			return fmt.Errorf("cannot make the folder of the configuration: %w", err)
+		}
+		sa := &windows.SecurityAttributes{SecurityDescriptor: sd}
+		sa.Length = uint32(unsafe.Sizeof(*sa))
+		if err := windows.CreateDirectory(name, sa); err != nil {
+			return fmt.Errorf("cannot make the folder of the configuration: %w", &fs.PathError{Op: "mkdir", Path: dir, Err: err})
+		}
+		i.say("written  %s: for SYSTEM and Administrators only", dir)
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("cannot look at the folder of the configuration: %w", err)
+	}
+	if owner, err := strangerOwns(dir); err != nil || owner != "" {
+		if err == nil {
+			err = fmt.Errorf("it belongs to %s, who would command the service", owner)
+		}
+		return fmt.Errorf("cannot use %s: %w", dir, err)
+	}
+	if !strings.EqualFold(dir, filepath.Dir(agent.DefaultConfigPath())) {
+		return nil
+	}
+	dacl, _, err := sd.DACL()
+	if err == nil {
+		err = windows.SetNamedSecurityInfo(dir, windows.SE_FILE_OBJECT,
+			windows.DACL_SECURITY_INFORMATION|windows.PROTECTED_DACL_SECURITY_INFORMATION, nil, nil, dacl, nil)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot protect %s: %w", dir, err)
+	}
+	return nil
+}
+
+// trustedInstaller owns what came with Windows.
+const trustedInstaller = "S-1-5-80-956008885-3418522649-1831038044-1853292631-2271478464"
+
+// strangerOwns tells who owns a file or folder if that is neither the system,
+// nor Administrators, nor who installs.
+func strangerOwns(path string) (owner string, err error) {
+	sd, err := windows.GetNamedSecurityInfo(path, windows.SE_FILE_OBJECT, windows.OWNER_SECURITY_INFORMATION)
+	if err != nil {
+		return "", err
+	}
+	sid, _, err := sd.Owner()
+	if err != nil {
+		return "", err
+	}
+	self, err := windows.GetCurrentProcessToken().GetTokenUser()
+	if err != nil {
+		return "", err
+	}
+	if sid.IsWellKnown(windows.WinLocalSystemSid) || sid.IsWellKnown(windows.WinBuiltinAdministratorsSid) ||
+		sid.Equals(self.User.Sid) || sid.String() == trustedInstaller {
+		return "", nil
+	}
+	return sid.String(), nil
+}
+
+// commandLine is what the manager starts. The program's path is quoted also
+// where it need not be: unquoted, a later move below a folder with a space
+// would let C:\Program.exe be started in its place.
+func (i installer) commandLine() string {
+	words := append([]string{"run", "--config", i.config}, i.arguments()...)
+	return `"` + i.exe + `" ` + windows.ComposeCommandLine(words)
+}
+
+// mend makes the installed service start this program with this configuration.
+func (i installer) mend(s *mgr.Service, kept bool) error {
+	was, err := binaryPath(s)
+	if err != nil {
+		return err
+	}
+	want := i.commandLine()
+	if was == want {
+		i.say("kept     service %s", serviceName)
+		return nil
+	}
+	p, err := windows.UTF16PtrFromString(want)
+	if err != nil {
+		return err
+	}
+	const same = windows.SERVICE_NO_CHANGE
+	if err := windows.ChangeServiceConfig(s.Handle, same, windows.SERVICE_AUTO_START, same, p, nil, nil, nil, nil, nil, nil); err != nil {
+		return err
+	}
+	if was, err = binaryPath(s); err != nil || was != want {
+		return fmt.Errorf("the manager would start %s, not %s (%v)", was, want, err)
+	}
+	word := "written "
+	if kept {
+		word = "replaced"
+	}
+	i.say("%s service %s: %s", word, serviceName, want)
+	return nil
+}
+
+// binaryPath is the command line that the manager has.
+func binaryPath(s *mgr.Service) (string, error) {
+	b := make([]byte, 8<<10) // the most that QueryServiceConfig wants
+	p := (*windows.QUERY_SERVICE_CONFIG)(unsafe.Pointer(&b[0]))
+	var n uint32
+	if err := windows.QueryServiceConfig(s.Handle, p, uint32(len(b)), &n); err != nil {
+		return "", err
+	}
+	return windows.UTF16PtrToString(p.BinaryPathName), nil
+}
+
+// harden sets what kardianos/service does not, and looks whether the manager
+// has kept it.
+func (i installer) harden(s *mgr.Service) error {
+	for _, h := range hardenings {
+		err := h.set(s)
+		var kept bool
+		if err == nil {
+			kept, err = h.kept(s)
+		}
+		switch {
+		case err == nil && kept:
+		case err == nil:
+			return fmt.Errorf("the service manager did not keep %s", h.what)
+		case unknownToManager(err):
+			i.say("note     this system's service manager does not know %s: %v", h.what, err)
+		default:
+			return fmt.Errorf("cannot set %s: %w", h.what, err)
+		}
+	}
+	return nil
+}
+
+// unknownToManager tells whether the error is about the question, not the answer.
+func unknownToManager(err error) bool {
+	return errors.Is(err, windows.ERROR_INVALID_LEVEL) || errors.Is(err, windows.ERROR_CALL_NOT_IMPLEMENTED) || errors.Is(err, windows.ERROR_NOT_SUPPORTED)
+}
+
+func (i installer) uninstall() (string, error) {
+	err := withService(func(s *mgr.Service) error {
+		if err := stopService(s); err != nil {
+			return err
+		}
+		return s.Delete()
+	})
+	absent := errors.Is(err, windows.ERROR_SERVICE_DOES_NOT_EXIST)
+	if err != nil && !absent {
+		return "", fmt.Errorf("cannot uninstall the service: %w", err)
+	}
+	// Also after an installation that was left half done.
+	if err := eventlog.Remove(serviceName); err != nil && !errors.Is(err, windows.ERROR_FILE_NOT_FOUND) {
+		return "", fmt.Errorf("cannot remove the source of events: %w", err)
+	}
+	if absent {
+		return "not installed; nothing to do", nil
+	}
+	for deadline := time.Now().Add(goneWait); ; time.Sleep(controlPause) {
+		err := withService(func(*mgr.Service) error { return nil })
+		if errors.Is(err, windows.ERROR_SERVICE_DOES_NOT_EXIST) {
+			break
+		}
+		if time.Now().After(deadline) {
+			i.say("note     the service is marked to be removed, and is while somebody has it open (services.msc?)")
+			break
+		}
+	}
+	return "uninstalled. Configuration and state stay, and so does what is applied", nil
+}
+
+func (i installer) start() (string, error) {
+	return i.control("start", "started", func(s *mgr.Service) error {
+		if err := s.Start(); err != nil && !errors.Is(err, windows.ERROR_SERVICE_ALREADY_RUNNING) {
+			return err
+		}
+		return awaitState(s, svc.Running)
+	})
+}
+
+func (i installer) stop() (string, error) {
+	return i.control("stop", "stopped; what is applied stays", stopService)
+}
+
+func (i installer) restart() (string, error) {
+	if _, err := i.stop(); err != nil {
+		return "", err
+	}
+	_, err := i.start()
+	return "restarted", err
+}
+
+func (i installer) control(action, done string, do func(*mgr.Service) error) (string, error) {
+	err := withService(do)
+	if errors.Is(err, windows.ERROR_SERVICE_DOES_NOT_EXIST) {
+		return "", &hintedError{fmt.Errorf("cannot %s the service: it is not installed", action), "hotpatchd service install"}
+	}
+	if err != nil {
+		return "", &hintedError{fmt.Errorf("cannot %s the service: %w", action, err), "the log is " + i.logFile()}
+	}
+	return done, nil
+}
+
+func withService(do func(*mgr.Service) error) error {
+	m, err := mgr.Connect()
+	if err != nil {
+		return err
+	}
+	defer m.Disconnect()
+	s, err := m.OpenService(serviceName)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	return do(s)
+}
+
+func stopService(s *mgr.Service) error {
+	if _, err := s.Control(svc.Stop); err != nil && !errors.Is(err, windows.ERROR_SERVICE_NOT_ACTIVE) {
+		return err
+	}
+	return awaitState(s, svc.Stopped)
+}
+
+// awaitState waits, with a bound, which kardianos/service does not.
+func awaitState(s *mgr.Service, want svc.State) error {
+	for deadline := time.Now().Add(controlWait); ; time.Sleep(controlPause) {
+		now, err := s.Query()
+		if err != nil {
+			return err
+		}
+		if now.State == want {
+			return nil
+		}
+		if want == svc.Running && now.State == svc.Stopped {
+			return errors.New("it ended at once")
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("it did not get there within %s", controlWait)
+		}
+	}
+}

@@ -1,0 +1,323 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sys/windows"
+	"golang.org/x/sys/windows/registry"
+	"golang.org/x/sys/windows/svc"
+	"golang.org/x/sys/windows/svc/mgr"
+
+	"hotpatchd/agent/control"
+)
+
+const eventSource = `SYSTEM\CurrentControlSet\Services\EventLog\Application\` + serviceName
+
+// TestServiceFromInstallToUninstall goes through a life of the service under
+// the system's service manager. The service is this test binary, which is then
+// the program (see TestMain), on a simulated machine.
+func TestServiceFromInstallToUninstall(t *testing.T) {
+	if err := withService(func(*mgr.Service) error { return nil }); !errors.Is(err, windows.ERROR_SERVICE_DOES_NOT_EXIST) {
+		t.Skipf("needs a system on which hotpatchd is not installed: %v", err)
+	}
+	dir := filepath.Join(shortTempDir(t), "with space")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, "config.toml")
+	pipe := fmt.Sprintf(`\\.\pipe\hotpatchd-service-%d`, os.Getpid())
+	put(t, path, "format = \"hotpatchd-config/1\"\nstate_dir = \"state\"\npolicy = { file = \"policy.toml\" }\n"+
+		"repository = { root = \"root.json\" }\nbackend = { name = \"sim\", scene = \"scene.toml\" }\ncontrol = { socket = '"+pipe+"' }\n")
+	put(t, filepath.Join(dir, "scene.toml"), "format = \"hotpatchd-scene/1\"\n")
+	t.Cleanup(func() { call("service", "uninstall", "--config", path) })
+	logged := func() string {
+		b, _ := os.ReadFile(filepath.Join(dir, "hotpatchd.log"))
+		return string(b)
+	}
+	do := func(want string, args ...string) string {
+		t.Helper()
+		code, out, errOut := call(append([]string{"service"}, append(args, "--config", path)...)...)
+		if code != exitDone || errOut != "" || !strings.Contains(out, want) {
+			t.Fatalf("%v: exit %d, %q, %q, want %q\nlog:\n%s", args, code, out, errOut, want, logged())
+		}
+		return out
+	}
+
+	out := do("installed, starts with the system", "install")
+	t.Log(out)
+	for _, part := range []string{"kept     " + path, "written  service hotpatchd: \""} {
+		if !strings.Contains(out, part) {
+			t.Errorf("no %q in %s", part, out)
+		}
+	}
+	var line string
+	err := withService(func(s *mgr.Service) (err error) { line, err = binaryPath(s); return err })
+	if err != nil {
+		t.Fatal(err)
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	words, err := windows.DecomposeCommandLine(line)
+	if err != nil || strings.Join(words, "|") != strings.Join([]string{exe, "run", "--config", path, "--service", "--log-file", filepath.Join(dir, "hotpatchd.log")}, "|") {
+		t.Errorf("the manager starts %q: %v", words, err)
+	}
+	if !strings.HasPrefix(line, `"`+exe+`"`) {
+		t.Errorf("the program is not quoted: %s", line)
+	}
+	if k, err := registry.OpenKey(registry.LOCAL_MACHINE, eventSource, registry.QUERY_VALUE); err != nil {
+		t.Errorf("no source of events: %v", err)
+	} else {
+		k.Close()
+	}
+	// Again: nothing changes.
+	do("kept     service hotpatchd", "install")
+
+	do("started", "start")
+	do("started", "start") // already so
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	client := control.Dial(pipe)
+	defer client.Close()
+	status, err := client.Status(ctx)
+	if err != nil {
+		t.Fatalf("%v; log:\n%s", err, logged())
+	}
+	if status.Backend.Name != "sim" {
+		t.Errorf("%+v", status.Backend)
+	}
+	if _, err := client.Pause(ctx); err != nil {
+		t.Error(err)
+	}
+	history, err := client.History(ctx, 10)
+	if err != nil || len(history.Entries) == 0 || !strings.HasPrefix(history.Entries[0].Caller.SID, "S-1-") || history.Entries[0].Caller.User == "" {
+		t.Errorf("history %+v, %v", history, err)
+	}
+	// A second daemon is told, and touches nothing.
+	if code, _, errOut := call("run", "--config", path, "--log", "json"); code != exitFailed || !strings.Contains(errOut, control.ErrInUse.Error()) && !strings.Contains(errOut, "in use by another hotpatchd") {
+		t.Errorf("a second daemon: exit %d, %s", code, errOut)
+	}
+	do("restarted", "restart")
+	if _, err := client.Status(ctx); err != nil {
+		t.Errorf("after a restart: %v", err)
+	}
+	do("stopped; what is applied stays", "stop")
+	do("stopped", "stop")
+	if _, err := client.Status(ctx); !errors.Is(err, control.ErrNotReachable) {
+		t.Errorf("after stop: %v", err)
+	}
+	if l := logged(); strings.Count(l, "stopped; what is applied stays") != 2 {
+		t.Errorf("log:\n%s", l)
+	}
+	do("started", "start")
+	do("uninstalled. Configuration and state stay", "uninstall") // stops it first
+	if err := withService(func(*mgr.Service) error { return nil }); !errors.Is(err, windows.ERROR_SERVICE_DOES_NOT_EXIST) {
+		t.Errorf("the service is still there: %v", err)
+	}
+	if k, err := registry.OpenKey(registry.LOCAL_MACHINE, eventSource, registry.QUERY_VALUE); err == nil {
+		k.Close()
+		t.Error("the source of events is still there")
+	}
+	do("not installed; nothing to do", "uninstall")
+	code, _, errOut := call("service", "start", "--config", path)
+	if code != exitFailed || !strings.Contains(errOut, "not installed") || !strings.Contains(errOut, "hint: hotpatchd service install") {
+		t.Errorf("start of nothing: exit %d, %s", code, errOut)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "state")); err != nil {
+		t.Error("the state is gone: ", err)
+	}
+}
+
+// TestServiceThatCannotStart: who starts it hears of it, at once.
+func TestServiceThatCannotStart(t *testing.T) {
+	if err := withService(func(*mgr.Service) error { return nil }); !errors.Is(err, windows.ERROR_SERVICE_DOES_NOT_EXIST) {
+		t.Skipf("needs a system on which hotpatchd is not installed: %v", err)
+	}
+	dir := shortTempDir(t)
+	path := filepath.Join(dir, "config.toml")
+	put(t, path, "format = \"hotpatchd-config/1\"\nnonsense = 1\n")
+	t.Cleanup(func() { call("service", "uninstall", "--config", path) })
+	if code, _, errOut := call("service", "install", "--config", path); code != exitDone {
+		t.Fatal(errOut)
+	}
+	code, _, errOut := call("service", "start", "--config", path)
+	if code != exitFailed || !strings.Contains(errOut, "cannot start the service") || !strings.Contains(errOut, "hint: the log is "+filepath.Join(dir, "hotpatchd.log")) {
+		t.Errorf("exit %d, %s", code, errOut)
+	}
+	if b, _ := os.ReadFile(filepath.Join(dir, "hotpatchd.log")); !strings.Contains(string(b), "config.toml:2:1") {
+		t.Errorf("log:\n%s", b)
+	}
+}
+
+func TestFirstFolderIsProtected(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "hotpatchd")
+	var said bytes.Buffer
+	i := installer{config: filepath.Join(dir, "config.toml"), said: &said}
+	for range 2 {
+		if err := i.protectHome(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if want := "written  " + dir + ": for SYSTEM and Administrators only\n"; said.String() != want {
+		t.Errorf("said %q, want %q", said.String(), want)
+	}
+	if err := i.ensureConfig(); err != nil {
+		t.Fatal(err)
+	}
+	file := installer{config: filepath.Join(i.config, "below", "config.toml"), said: &said}
+	if err := file.protectHome(); err == nil {
+		t.Error("a folder below a file")
+	}
+}
+
+func TestEmulated(t *testing.T) {
+	for _, c := range []struct {
+		goarch          string
+		process, native uint16
+		want            string
+	}{
+		{"amd64", 0, 0x8664, ""},
+		{"arm64", 0, 0xaa64, ""},
+		{"amd64", 0, 0xaa64, "this hotpatchd is for amd64, the machine is arm64"},
+		{"386", 0x14c, 0x8664, "for 386, the machine is amd64"},
+		{"arm64", 0, 0x1234, "the machine is 0x1234"},
+		{"riscv64", 0, 0, "for riscv64"},
+	} {
+		err := emulated(c.goarch, c.process, c.native)
+		if (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%+v: %v", c, err)
+		}
+	}
+	if err := firstOfAll(); err != nil {
+		t.Error(err)
+	}
+}
+
+// slowService is work that becomes ready and stops when told to.
+func TestHandler(t *testing.T) {
+	requests, statuses := make(chan svc.ChangeRequest), make(chan svc.Status, 100)
+	goOn := make(chan struct{})
+	h := &serviceHandler{work: func(ctx context.Context, ready func()) error {
+		ready()
+		<-ctx.Done()
+		<-goOn
+		return nil
+	}}
+	code := make(chan uint32, 1)
+	go func() { _, c := h.Execute(nil, requests, statuses); code <- c }()
+	want := func(states ...svc.State) {
+		t.Helper()
+		for _, s := range states {
+			select {
+			case got := <-statuses:
+				if got.State != s {
+					t.Fatalf("state %d, want %d", got.State, s)
+				}
+				if s == svc.Running && got.Accepts != svc.AcceptStop|svc.AcceptShutdown|svc.AcceptPreShutdown {
+					t.Errorf("it accepts %#x", got.Accepts)
+				}
+			case <-time.After(patience):
+				t.Fatalf("never in state %d", s)
+			}
+		}
+	}
+	want(svc.StartPending, svc.Running)
+	requests <- svc.ChangeRequest{Cmd: svc.Interrogate, CurrentStatus: svc.Status{State: svc.Running, Accepts: svc.AcceptStop | svc.AcceptShutdown | svc.AcceptPreShutdown}}
+	want(svc.Running)
+	requests <- svc.ChangeRequest{Cmd: svc.PreShutdown}
+	want(svc.StopPending)
+	close(goOn)
+	select {
+	case c := <-code:
+		if c != 0 {
+			t.Errorf("exit code %d", c)
+		}
+	case <-time.After(patience):
+		t.Fatal("it does not end")
+	}
+	// A failure is told to the manager: it starts us again.
+	failing := &serviceHandler{work: func(context.Context, func()) error { return errors.New("x") }}
+	if specific, c := failing.Execute(nil, requests, statuses); !specific || c != 1 {
+		t.Errorf("a failure ends with %t, %d", specific, c)
+	}
+}
+
+// heardEvents remembers events.
+type heardEvents []string
+
+func (h *heardEvents) note(kind string, id uint32, text string) error {
+	*h = append(*h, fmt.Sprintf("%s %d %s", kind, id, text))
+	return nil
+}
+func (h *heardEvents) Info(id uint32, text string) error    { return h.note("info", id, text) }
+func (h *heardEvents) Warning(id uint32, text string) error { return h.note("warning", id, text) }
+func (h *heardEvents) Error(id uint32, text string) error   { return h.note("error", id, text) }
+
+func TestEvents(t *testing.T) {
+	var heard heardEvents
+	log := zap.New(newEventCore(&heard)).With(zap.String("product", "acme"))
+	log.Info("watching")
+	log.Info("nobody wants to know")
+	log.Warn("call refused or failed", zap.String("user", "eve"))
+	log.Error("release refused", zap.String("release", "R-1"), zap.Error(errors.New("no\x00")))
+	log.Error("something new")
+	for range 3 * eventBurst {
+		log.Error("again and again", zap.String("long", strings.Repeat("x", 2*maxEvent)))
+	}
+	got := strings.Join(heard, "\n")
+	for _, want := range []string{
+		`info 1 watching {"product": "acme"}`, `error 12 release refused {"product": "acme", "release": "R-1", "error": "no`, "error 99 something new",
+	} {
+		if !strings.Contains(got, want) {
+			t.Errorf("no %s in %.500s", want, got)
+		}
+	}
+	if strings.Contains(got, "nobody") || strings.Contains(got, "eve") || strings.Contains(got, "\x00") {
+		t.Errorf("%.500s", got)
+	}
+	if len(heard) != 3+eventBurst {
+		t.Errorf("%d events", len(heard))
+	}
+	for _, e := range heard {
+		if len(e) > maxEvent+100 {
+			t.Errorf("an event of %d bytes", len(e))
+		}
+	}
+}
+
+// TestEventsAreOfThisDaemon: each text that has an id is one that is logged.
+func TestEventsAreOfThisDaemon(t *testing.T) {
+	var source strings.Builder
+	for _, pattern := range []string{"*.go", "../../agent/*.go"} {
+		files, err := filepath.Glob(pattern)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range files {
+			if b, err := os.ReadFile(f); err == nil && !strings.HasSuffix(f, "_test.go") && !strings.HasPrefix(filepath.Base(f), "events_") {
+				source.Write(b)
+			}
+		}
+	}
+	ids := map[uint32]bool{otherError: true}
+	for text, id := range eventIDs {
+		if !regexp.MustCompile(`\.(Info|Warn|Error)\("` + regexp.QuoteMeta(text) + `"`).MatchString(source.String()) {
+			t.Errorf("nothing logs %q", text)
+		}
+		if ids[id] || id == 0 || id > 1000 { // the message file knows 1 to 1000
+			t.Errorf("%q has id %d", text, id)
+		}
+		ids[id] = true
+	}
+}
