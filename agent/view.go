@@ -395,7 +395,7 @@ func lastElement(path string) string {
 // deniedRow stands for the unknown images of a process that is known to run a
 // PE program but cannot be looked into: it is reported, not passed over.
 func deniedRow(p *procState, choices map[string]choice) (control.Image, bool) {
-	if p.err == nil || p.info.Image == "" || len(p.images) > 0 {
+	if p.err == nil || p.info.Image == "" || len(p.images) > 0 || neverTouched(p.info) {
 		return control.Image{}, false
 	}
 	im := control.Image{Name: lastElement(p.info.Image), State: control.Blocked, ReasonCode: "denied",
