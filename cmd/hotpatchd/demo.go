@@ -202,18 +202,31 @@ func (d *story) prepare(ctx context.Context) error {
 		return err
 	}
 	config := fmt.Sprintf("format = \"hotpatchd-config/1\"\nstate_dir = %q\n[control]\nsocket = %q\n[repository]\nurl = %q\nroot = %q\ncheck_every = \"1h\"\nproducts = [\"demo\"]\nimages = [\"demo.dll\"]\n[policy]\nfile = %q\n%s",
-		d.path("state"), d.path("control.sock"), "file://"+filepath.ToSlash(d.path("repo")), d.path("repo/root.json"), d.path("policy.toml"), d.stage.config(d))
+		d.path("state"), d.socket(), folderURL(d.path("repo")), d.path("repo/root.json"), d.path("policy.toml"), d.stage.config(d))
 	if err := os.WriteFile(d.path("config.toml"), []byte(config), 0o600); err != nil {
 		return err
 	}
 	if err := d.stage.daemon(d.path("config.toml")); err != nil {
 		return err
 	}
-	d.client = d.stage.operator(d.path("control.sock"))
+	d.client = d.stage.operator(d.socket())
 	return d.until(ctx, "the daemon answers", func() (bool, error) {
 		st, err := d.client.Status(ctx)
 		return err == nil && st.State != control.Unknown, nil
 	})
+}
+
+// socket is where the daemon listens: on Windows a pipe, which lies in no folder.
+func (d *story) socket() string {
+	if runtime.GOOS == "windows" {
+		return `\\.\pipe\` + filepath.Base(d.dir)
+	}
+	return d.path("control.sock")
+}
+
+// folderURL is a folder as a configuration names it: file:///C:/… on Windows.
+func folderURL(dir string) string {
+	return "file:///" + strings.TrimPrefix(filepath.ToSlash(dir), "/")
 }
 
 // until waits for a condition; an error of ok ends the wait at once.

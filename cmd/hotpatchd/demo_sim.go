@@ -32,7 +32,7 @@ type simStage struct {
 	direct bool
 }
 
-func newSimStage() *simStage { return &simStage{next: 4711, direct: runtime.GOOS != "linux"} }
+func newSimStage() *simStage { return &simStage{next: 4711, direct: runtime.GOOS != "linux" && runtime.GOOS != "windows"} }
 
 const simFacts = `format = "hotpatchd-facts/1"
 [os]

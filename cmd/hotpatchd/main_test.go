@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -59,9 +60,11 @@ func configured(t *testing.T, more string) (folder, path string) {
 	folder = shortTempDir(t)
 	path = filepath.Join(folder, "config.toml")
 	text := "format = \"hotpatchd-config/1\"\nstate_dir = \"state\"\npolicy = { file = \"policy.toml\" }\n"
-	if runtime.GOOS != "windows" {
-		text += "control = { socket = \"c.sock\", group = \"\" }\n"
+	socket := "c.sock"
+	if runtime.GOOS == "windows" {
+		socket = fmt.Sprintf(`\\.\pipe\%s-%d`, filepath.Base(folder), os.Getpid())
 	}
+	text += "control = { socket = '" + socket + "', group = \"\" }\n"
 	put(t, path, text+more)
 	return folder, path
 }

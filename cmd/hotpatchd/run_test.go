@@ -22,6 +22,7 @@ import (
 
 	"hotpatchd/agent"
 	"hotpatchd/agent/control"
+	"hotpatchd/patcher/target/win32"
 )
 
 // patience is how long a test waits for what must come.
@@ -31,6 +32,7 @@ const patience = 30 * time.Second
 const asProgram = "HOTPATCHD_TEST_PROGRAM"
 
 func TestMain(m *testing.M) {
+	win32.Guardian()
 	// Windows' service manager hands down no environment of ours.
 	if os.Getenv(asProgram) != "" || len(os.Args) > 1 && os.Args[1] == "run" {
 		main()
@@ -107,12 +109,9 @@ func until(t *testing.T, what string, ok func() bool) {
 	}
 }
 
-// served starts serve with a fake loop on Linux, where its socket can be dialled by path.
+// served starts serve with a fake loop.
 func served(t *testing.T, more string, h *fakeHeart, manager notifier) (c *agent.Config, log *logged, stop func() error) {
 	t.Helper()
-	if runtime.GOOS != "linux" {
-		t.Skip("needs Linux: Unix sockets and signals")
-	}
 	_, path := configured(t, more)
 	c, err := agent.LoadConfig(path)
 	if err != nil {
@@ -150,24 +149,17 @@ func served(t *testing.T, more string, h *fakeHeart, manager notifier) (c *agent
 func TestServeAnswersAndStops(t *testing.T) {
 	h := newFakeHeart()
 	c, log, stop := served(t, "", h, notifier{})
-	client := http.Client{Transport: &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) {
-		return net.Dial("unix", c.Control.Socket)
-	}}}
-	r, err := client.Get("http://hotpatchd/metrics")
-	if err != nil {
-		t.Fatal(err)
+	client := control.Dial(c.Control.Socket)
+	b, err := client.Metrics(t.Context())
+	if err != nil || !strings.Contains(string(b), "hotpatchd_state 1") {
+		t.Fatalf("%s, %v", b, err)
 	}
-	b, _ := io.ReadAll(r.Body)
-	r.Body.Close()
-	if !strings.Contains(string(b), "hotpatchd_state 1") {
-		t.Errorf("%s: %s", r.Status, b)
-	}
-	client.CloseIdleConnections()
+	client.Close()
 	if err := stop(); err != nil {
 		t.Error(err)
 	}
-	if _, err := net.Dial("unix", c.Control.Socket); err == nil {
-		t.Error("somebody listens after the stop")
+	if _, err := client.Metrics(t.Context()); !errors.Is(err, control.ErrNotReachable) {
+		t.Errorf("after the stop: %v", err)
 	}
 	if !h.ended.Load() || !strings.Contains(log.String(), "stopped; what is applied stays") {
 		t.Errorf("log: %s", log)
