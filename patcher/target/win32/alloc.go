@@ -11,11 +11,16 @@ import (
 	"hotpatchd/patcher/target"
 )
 
-// reservations are what we reserved in one life, by the address the system
-// keeps them under.
-type reservations map[uintptr]struct{}
+// reservations are the sizes of what we reserved in one life, by the address
+// the system keeps each under.
+type reservations map[uintptr]uint64
 
-func (r reservations) has(base uintptr) bool { _, ok := r[base]; return ok }
+// hold tells whether pages are in a reservation of ours, and not in one that
+// somebody made at its address after it was given back without us.
+func (r reservations) hold(i *windows.MemoryBasicInformation) bool {
+	size, ok := r[i.AllocationBase]
+	return ok && i.AllocationProtect == windows.PAGE_NOACCESS && uint64(i.BaseAddress-i.AllocationBase+i.RegionSize) <= size
+}
 
 func (r reservations) clone() reservations { return maps.Clone(r) }
 
@@ -85,7 +90,7 @@ func (p *process) Alloc(at target.Addr, size uint64, prot target.Prot) error {
 			fresh = fresh[:n]
 			return undo(takenOr(err))
 		}
-		p.own(uintptr(f.at))
+		p.own(uintptr(f.at), f.size)
 	}
 	for _, c := range parts {
 		if _, err := win(virtualAllocEx, uintptr(p.h), uintptr(c.at), uintptr(c.size), windows.MEM_COMMIT, uintptr(bits)); err != nil {
@@ -127,7 +132,7 @@ func (p *process) room(at target.Addr, size uint64) (fresh, parts []part, err er
 				return taken == nil
 			}
 			fresh = append(fresh, part{from, uint64(to - from)})
-		case i.State == windows.MEM_RESERVE && ours.has(i.AllocationBase):
+		case i.State == windows.MEM_RESERVE && ours.hold(i):
 		default:
 			if from < end && at < to {
 				taken = p.refuse("alloc", at, target.ErrTaken, "%s-%s is mapped", from, to)
@@ -158,13 +163,13 @@ func reserve(h windows.Handle, at target.Addr, size uint64) error {
 	return err
 }
 
-func (p *process) own(base uintptr) {
+func (p *process) own(base uintptr, size uint64) {
 	p.b.mu.Lock()
 	defer p.b.mu.Unlock()
 	if p.b.reserved[p.id] == nil {
 		p.b.reserved[p.id] = reservations{}
 	}
-	p.b.reserved[p.id][base] = struct{}{}
+	p.b.reserved[p.id][base] = size
 }
 
 // decommit gives pages back and keeps their addresses.

@@ -113,6 +113,8 @@ const grace = 20 * time.Millisecond
 func (z *frozen) start(ctx context.Context) (target.Frozen, error) {
 	p := z.p
 	result := make(chan error, 1)
+	limit := time.NewTimer(target.FreezeLimit(len(z.threads)) + grace)
+	defer limit.Stop()
 	go func() {
 		defer close(z.working)
 		runtime.LockOSThread()
@@ -120,8 +122,6 @@ func (z *frozen) start(ctx context.Context) (target.Frozen, error) {
 		defer hurry()()
 		result <- z.stop(ctx)
 	}()
-	limit := time.NewTimer(target.FreezeLimit(len(z.threads)) + grace)
-	defer limit.Stop()
 	var err error
 	hangs := false
 	select {

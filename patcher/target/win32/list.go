@@ -178,7 +178,8 @@ func snapshot(whole target.ID) ([]entry, error) {
 	var list []entry
 	const fixed = unsafe.Sizeof(windows.SYSTEM_PROCESS_INFORMATION{})
 	for at := uintptr(0); at+fixed <= uintptr(len(buf)); {
-		p := (*windows.SYSTEM_PROCESS_INFORMATION)(unsafe.Pointer(&buf[at]))
+		var p windows.SYSTEM_PROCESS_INFORMATION // a copy: entries are not always aligned
+		copy(unsafe.Slice((*byte)(unsafe.Pointer(&p)), fixed), buf[at:])
 		if p.UniqueProcessID != 0 && p.UniqueProcessID != 4 && p.NumberOfThreads != 0 {
 			e := entry{
 				id:   target.ID{PID: int(p.UniqueProcessID), Start: uint64(p.CreateTime)},

@@ -77,8 +77,10 @@ func (p *process) Regions() ([]target.Region, error) {
 	ours := p.b.reserved[p.id].clone()
 	p.b.mu.Unlock()
 	var d drives
+	stale := ours.clone()
 	err := walk(p.h, 0, maxAddr, func(i *windows.MemoryBasicInformation) bool {
-		if i.State == memFree || i.State == windows.MEM_RESERVE && ours.has(i.AllocationBase) {
+		delete(stale, i.AllocationBase)
+		if i.State == memFree || i.State == windows.MEM_RESERVE && ours.hold(i) {
 			return true
 		}
 		r := target.Region{Start: target.Addr(i.BaseAddress), End: target.Addr(i.BaseAddress + i.RegionSize)}
@@ -115,6 +117,11 @@ func (p *process) Regions() ([]target.Region, error) {
 	}
 	if err != nil {
 		return nil, p.fail("list regions of", 0, err)
+	}
+	p.b.mu.Lock()
+	defer p.b.mu.Unlock()
+	for base := range stale {
+		delete(p.b.reserved[p.id], base)
 	}
 	return list, nil
 }
