@@ -3,7 +3,9 @@
 package store
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -13,6 +15,11 @@ import (
 // already keeps its rights (it may be anything a configuration names), but is
 // refused if others could swap the file in it.
 func secureFolder(dir string) error {
+	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
+		if link, err := os.Readlink(dir); err == nil {
+			return fmt.Errorf("cannot make the state folder: %s is a symbolic link to %s, which is not there", dir, link)
+		}
+	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("cannot make the state folder: %w", err)
 	}
@@ -56,6 +63,10 @@ func checkOwner(what, path string, info os.FileInfo) error {
 func lockFile(f *os.File) (release func(), err error) {
 	return func() {}, syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
 }
+
+// unlockFile gives back the lock that bolt took, which a mapping of the file
+// would keep after the descriptor is closed.
+func unlockFile(f *os.File) error { return syscall.Flock(int(f.Fd()), syscall.LOCK_UN) }
 
 // moveFile puts a file in the place of another, now and after a power cut.
 func moveFile(from, to string) error {

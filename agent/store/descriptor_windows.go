@@ -144,6 +144,12 @@ func lockFile(f *os.File) (release func(), err error) {
 	return func() { windows.UnlockFileEx(h, 0, 1, 0, at()) }, nil
 }
 
+// unlockFile gives back the lock that bolt took, which a mapping of the file
+// would keep after the handle is closed.
+func unlockFile(f *os.File) error {
+	return windows.UnlockFileEx(windows.Handle(f.Fd()), 0, 1, 0, &windows.Overlapped{Offset: ^uint32(0), OffsetHigh: ^uint32(0)})
+}
+
 // moveFile puts a file, which nobody has open, in the place of another, now and
 // after a power cut.
 func moveFile(from, to string) error {

@@ -11,6 +11,9 @@
 // by reading the processes again. The operator's word is nowhere else: of it all
 // that can be read is taken over, and where that is not all, Tx.Lost says so.
 //
+// A file that is damaged, removed or replaced while it is open breaks the Store:
+// see ErrBroken.
+//
 // The package does not log and does not read the clock. A Store may be shared
 // between goroutines; a Tx belongs to the function it was given to.
 package store
@@ -21,9 +24,10 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime/debug"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -55,6 +59,10 @@ var (
 	// ErrDamaged: the file turned out to be damaged after it was opened.
 	// Nothing of the failed transaction was kept.
 	ErrDamaged = errors.New("state file is damaged")
+	// ErrBroken: what is written through this Store does not reach the file that
+	// the next Open will find, or bolt has lost its way. Every call fails from
+	// now on; only another Open helps.
+	ErrBroken = errors.New("the state is broken and must be opened anew")
 )
 
 // Damage tells of a file that could not be used and was set aside; or, where
@@ -76,7 +84,15 @@ func (d *Damage) String() string {
 
 // Store is the open state file.
 type Store struct {
-	db *bbolt.DB
+	db   *bbolt.DB
+	file *os.File // bolt's own
+
+	// one is held by every transaction. A panic leaves bolt's locks taken, for
+	// readers too: nobody may be inside or wait there when it comes.
+	one    sync.Mutex
+	size   int64 // of the file as of the last transaction; it never shrinks
+	broken chan struct{}
+	why    atomic.Pointer[brokenError]
 }
 
 var (
@@ -126,6 +142,33 @@ func Open(path string) (*Store, *Damage, error) {
 	return s, damage, nil
 }
 
+// Check tells whether Open would refuse path for the folder it lies in or for
+// what it is. It makes and changes nothing; a folder that is not there is none to refuse.
+func Check(path string) error {
+	if _, err := os.Lstat(filepath.Dir(path)); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err := secureFolder(filepath.Dir(path)); err != nil {
+		return err
+	}
+	_, err := look(path)
+	return err
+}
+
+// look finds the file; nil if there is none.
+func look(path string) (fs.FileInfo, error) {
+	info, err := os.Lstat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, nil
+	case err != nil:
+		return nil, fmt.Errorf("cannot open state: %w", err)
+	case !info.Mode().IsRegular():
+		return nil, fmt.Errorf("cannot open state: %s is not a regular file", path)
+	}
+	return info, nil
+}
+
 // damaged marks an error as one of the file's content.
 type damaged struct{ err error }
 
@@ -136,13 +179,11 @@ func (d damaged) Is(target error) bool { return target == ErrDamaged }
 func isDamage(err error) bool { return errors.Is(err, ErrDamaged) }
 
 func open(path string) (s *Store, both bool, err error) {
-	info, err := os.Lstat(path)
+	info, err := look(path)
 	switch {
-	case errors.Is(err, fs.ErrNotExist):
 	case err != nil:
-		return nil, false, fmt.Errorf("cannot open state: %w", err)
-	case !info.Mode().IsRegular():
-		return nil, false, fmt.Errorf("cannot open state: %s is not a regular file", path)
+		return nil, false, err
+	case info == nil:
 	case info.Size() == 0:
 		// Bolt would take it for a new one; but a file of ours is never empty.
 		return nil, false, damaged{errors.New("the file is empty")}
@@ -151,17 +192,17 @@ func open(path string) (s *Store, both bool, err error) {
 			return nil, false, err
 		}
 	}
-	db, both, err := openBolt(path)
+	db, file, both, err := openBolt(path)
 	if err != nil {
 		return nil, false, err
 	}
-	s = &Store{db: db}
+	s = &Store{db: db, file: file, broken: make(chan struct{})}
 	if err := s.begin(); err != nil {
-		closeBolt(db)
+		s.Close()
 		return nil, false, err
 	}
 	if err := secureFile(path); err != nil {
-		closeBolt(db)
+		s.Close()
 		return nil, false, err
 	}
 	return s, both, nil
@@ -170,8 +211,8 @@ func open(path string) (s *Store, both bool, err error) {
 // openBolt opens the file where a damaged page is an error, not our death. Bolt
 // does not get to see a damaged file: on Windows it would make a short one
 // longer, and one that it fails at while it is mapped could not be moved.
-func openBolt(path string) (db *bbolt.DB, both bool, err error) {
-	var file *os.File // bolt's own, which holds the lock
+func openBolt(path string) (db *bbolt.DB, file *os.File, both bool, err error) {
+	// file is bolt's own, which holds the lock
 	err = guard(func() error {
 		var err error
 		db, err = bbolt.Open(path, 0o600, &bbolt.Options{Timeout: lockWait, FreelistType: bbolt.FreelistMapType,
@@ -196,15 +237,15 @@ func openBolt(path string) (db *bbolt.DB, both bool, err error) {
 	var errno syscall.Errno
 	switch {
 	case err == nil:
-		return db, both, nil
+		return db, file, both, nil
 	case isDamage(err):
-		return nil, false, err
+		return nil, nil, false, err
 	case errors.Is(err, bolterrors.ErrTimeout):
-		return nil, false, fmt.Errorf("%w: %s", ErrInUse, path)
+		return nil, nil, false, fmt.Errorf("%w: %s", ErrInUse, path)
 	case errors.As(err, &pathErr), errors.As(err, &errno):
-		return nil, false, fmt.Errorf("cannot open state: %w", err)
+		return nil, nil, false, fmt.Errorf("cannot open state: %w", err)
 	}
-	return nil, false, damaged{err}
+	return nil, nil, false, damaged{err}
 }
 
 // checkFile looks at every page, while nobody else writes. A new file has none.
@@ -231,9 +272,6 @@ func checkFile(f *os.File) (both bool, err error) {
 	}
 	return both, nil
 }
-
-// closeBolt closes a file that may be damaged.
-func closeBolt(db *bbolt.DB) { guard(db.Close) }
 
 // begin checks the file's format and what the store itself understands, and
 // makes what a new file needs.
@@ -295,10 +333,17 @@ func checkValues(tx *Tx) error {
 }
 
 // Close lets go of the file.
-func (s *Store) Close() error { return s.db.Close() }
+func (s *Store) Close() error {
+	s.one.Lock()
+	defer s.one.Unlock()
+	if s.Err() != nil { // bolt would wait for its own locks; what it has mapped goes with the process
+		return errors.Join(unlockFile(s.file), s.file.Close())
+	}
+	return guard(s.db.Close)
+}
 
 // Path is where the file lies.
-func (s *Store) Path() string { return s.db.Path() }
+func (s *Store) Path() string { return s.file.Name() }
 
 // Update runs fn in a transaction that is on disk when Update returns nil. If
 // fn or the disk fails nothing of it is kept. fn must not call the Store.
@@ -306,35 +351,23 @@ func (s *Store) Update(fn func(*Tx) error) error {
 	return s.update(func(tx *bbolt.Tx) error { return fn(&Tx{tx}) })
 }
 
-// View runs fn on one consistent state. fn must be short (a long View keeps
-// old pages) and must not call the Store.
+// View runs fn on one consistent state. fn must be short (everybody else waits
+// for it) and must not call the Store.
 func (s *Store) View(fn func(*Tx) error) error {
 	return s.view(func(tx *bbolt.Tx) error { return fn(&Tx{tx}) })
 }
 
 func (s *Store) update(fn func(*bbolt.Tx) error) error {
 	var own error // fn's errors go back as they are
-	err := guard(func() error {
+	err := s.transact(func() error {
 		return s.db.Update(func(tx *bbolt.Tx) error { own = fn(tx); return own })
 	})
-	if err != nil && own == nil && !isDamage(err) {
+	if err != nil && own == nil && !isDamage(err) && !errors.Is(err, ErrBroken) {
 		return fmt.Errorf("cannot write state: %w", err)
 	}
 	return err
 }
 
 func (s *Store) view(fn func(*bbolt.Tx) error) error {
-	return guard(func() error { return s.db.View(fn) })
-}
-
-// guard turns a panic or a memory fault of bolt on a damaged file into an error.
-func guard(fn func() error) (err error) {
-	old := debug.SetPanicOnFault(true)
-	defer debug.SetPanicOnFault(old)
-	defer func() {
-		if r := recover(); r != nil {
-			err = damaged{fmt.Errorf("%w: %v", ErrDamaged, r)}
-		}
-	}()
-	return fn()
+	return s.transact(func() error { return s.db.View(fn) })
 }
