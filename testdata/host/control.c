@@ -308,6 +308,13 @@ static void c_hook(char *arg)
 
 static void c_receiver(char *arg) { say("ok receiver %d %d", start_receiver(), SIGRTMIN); }
 
+static void c_waiters(char *arg)
+{
+	char line[480];
+	tell_waiters(line, sizeof line);
+	say("ok waiters %s", line);
+}
+
 static void c_tid(char *arg) { say("ok tid %ld", syscall(SYS_gettid)); }
 
 static void c_quit(char *arg)
@@ -334,6 +341,7 @@ static const struct { const char *name; void (*f)(char *); } commands[] = {
 	{"stop-leader", c_stop_leader},
 	{"hook", c_hook},         /* hook NAME */
 	{"receiver", c_receiver}, /* a thread that counts queued signals: "ok receiver TID SIGNAL" */
+	{"waiters", c_waiters},   /* "ok waiters SIGNAL", and NAME TID EINTRS of each thread that waits */
 	{"tid", c_tid},           /* of the control thread */
 	{"quit", c_quit},
 };

@@ -2,7 +2,7 @@
    backend patches in tests. Needs gcc and libc only.
 
      host --dll=FILE --call=NAME [--arg=N] [--allow=A,B] [--map=file|anon] [--base=HEX]
-          [--spin=N] [--fp=N] [--sleep=N] [--block=N] [--churn=N] [--altstack=N] [--shared=FILE]
+          [--spin=N] [--fp=N] [--sleep=N] [--block=N] [--churn=N] [--altstack=N] [--wait=N] [--shared=FILE]
      host --trace=PID      another tracer: seizes every thread of PID until its stdin ends
 
    The image is mapped at a random base, relocated (DIR64), bound to the stubs
@@ -102,6 +102,7 @@ static void parse(int c, char **v)
 		else if ((x = value_of(v[i], "--block"))) opt.block = atoi(x);
 		else if ((x = value_of(v[i], "--churn"))) opt.churn = atoi(x);
 		else if ((x = value_of(v[i], "--altstack"))) opt.altstack = atoi(x);
+		else if ((x = value_of(v[i], "--wait"))) opt.wait = atoi(x);
 		else if ((x = value_of(v[i], "--shared"))) opt.shared = x;
 		else if ((x = value_of(v[i], "--trace"))) trace(atoi(x));
 		else if ((x = value_of(v[i], "--allow")))

@@ -51,14 +51,16 @@ struct block {
 	volatile uint64_t lates;   /* sleeps more than a second too long */
 	volatile uint64_t signals, signal_sum; /* that came to the receiver, and the values they carried */
 	char example[128];         /* of the first thing that was wrong */
-	char pad[512 - 20 * 8 - 128];
+	volatile uint64_t waits, eintrs; /* of calls that a stop may end: right ends, and EINTR */
+	volatile uint64_t handled; /* signals that were to interrupt them */
+	char pad[512 - 23 * 8 - 128];
 };
 _Static_assert(sizeof(struct block) == 512, "the test package knows the layout");
 
 struct options {
 	const char *dll, *call, *map, *shared;
 	uint64_t base;
-	int arg, spin, fp, sleep, block, churn, altstack;
+	int arg, spin, fp, sleep, block, churn, altstack, wait;
 	int allow[MAX_ALLOW], allowed;
 };
 
@@ -96,6 +98,13 @@ int call_once(void);
 void pause_calls(int on);
 int stand_on_signal_stack(void);
 int start_receiver(void);
+void nap(long us);
+void own_signals(stack_t *s);
+void check_signals(const stack_t *s);
+
+/* waits.c */
+void start_waiters(void);
+void tell_waiters(char *line, size_t size);
 
 /* control.c */
 void *control(void *);

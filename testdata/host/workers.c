@@ -8,7 +8,7 @@ volatile export_fn called;
 
 static volatile int paused, inside; /* the gate in front of the code, closed while it is unmapped */
 
-static void nap(long us)
+void nap(long us)
 {
 	struct timespec t = {us / 1000000, us % 1000000 * 1000};
 	nanosleep(&t, NULL);
@@ -68,7 +68,7 @@ static void *spinner(void *arg)
 
 /* What a return from a signal sets besides registers: every worker has a signal
    stack of its own and a mask, and looks from time to time whether they are still so. */
-static void own_signals(stack_t *s)
+void own_signals(stack_t *s)
 {
 	sigset_t mask;
 	*s = (stack_t){.ss_sp = malloc(64 << 10), .ss_size = 64 << 10};
@@ -78,7 +78,7 @@ static void own_signals(stack_t *s)
 		die("signal stack", NULL);
 }
 
-static void check_signals(const stack_t *s)
+void check_signals(const stack_t *s)
 {
 	stack_t now;
 	uint64_t mask = 0;
@@ -375,6 +375,8 @@ void start_workers(void)
 		new_thread(feeder, NULL);
 		shared->threads += (uint64_t)opt.block + 1;
 	}
+	if (opt.wait)
+		start_waiters();
 	if (opt.altstack) {
 		many(1, alt_worker);
 		if (!stand_on_signal_stack())

@@ -16,8 +16,11 @@
 // # What a stop does to a program
 //
 // Interrupted system calls are made again by the kernel and a program notices
-// nothing, with the exceptions signal(7) names for every stop: epoll_wait,
-// semop, sigtimedwait and some others return EINTR, as they do under strace or
-// after SIGSTOP and SIGCONT. If we die inside a remote call, the one call that
-// its thread waited in starts anew, a relative sleep with its whole length.
+// nothing, with exceptions that signal(7) names for every stop: epoll_wait,
+// semop, sigtimedwait and some others return EINTR. Where one of them was given no
+// time limit we have the kernel treat it like the rest, so that nothing shows.
+// With a time limit the EINTR stays, as under strace or after SIGSTOP and SIGCONT:
+// made again, the call would wait for its whole length. If we die inside a remote
+// call, the one call that its thread waited in starts anew, a relative sleep with
+// its whole length.
 package ptrace

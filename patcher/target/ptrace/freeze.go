@@ -324,6 +324,7 @@ func (z *frozen) look(t *held, round int) {
 		if status>>8 == 0 {
 			t.signal = int(status & 0x7f)
 		}
+		t.unnoticed(status) // fails of one that was killed, which is found out later
 	case change == nothing && t.tid == z.p.life.id.PID && round&7 == 3:
 		// Until the last thread ends the kernel does not report a dead main thread.
 		var s stat

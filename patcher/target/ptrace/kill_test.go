@@ -115,7 +115,8 @@ var victims = []struct {
 	{"all registers full", "computing", hosttest.Options{FP: 1}, func(s hosttest.Stats) uint64 { return s.FP }},
 	{"sleeps", "any", hosttest.Options{Sleep: 4}, func(s hosttest.Stats) uint64 { return s.Sleeps }},
 	{"read, poll and futex", "any", hosttest.Options{Block: 3}, func(s hosttest.Stats) uint64 { return s.Reads }},
-	{"everything", "computing", hosttest.Options{Spin: 1, FP: 1, Sleep: 4, Block: 3, Churn: 1, AltStack: true}, func(s hosttest.Stats) uint64 { return s.Calls }},
+	{"waits without a time limit", "any", hosttest.Options{Wait: true}, func(s hosttest.Stats) uint64 { return s.Waits }},
+	{"everything", "computing", hosttest.Options{Wait: true, Spin: 1, FP: 1, Sleep: 4, Block: 3, Churn: 1, AltStack: true}, func(s hosttest.Stats) uint64 { return s.Calls }},
 	{"static", "computing", hosttest.Options{FP: 1, Sleep: 1, Block: 1, Static: true}, func(s hosttest.Stats) uint64 { return s.FP }},
 }
 

@@ -98,6 +98,9 @@ func (p *process) attach(op string, t *held) error {
 		t.signal = int(status & 0x7f)
 		return unfit("it is receiving a signal")
 	}
+	if e := t.unnoticed(status); e != 0 {
+		return unfit("it ended")
+	}
 	if !p.life.running(t.tid) {
 		return p.fail(op, 0, target.ErrGone)
 	}

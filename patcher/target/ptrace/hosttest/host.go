@@ -40,6 +40,7 @@ type Options struct {
 	Sleep    int  // threads that sleep 20 ms, by four different calls in turn, and check each
 	Block    int  // threads that wait for a byte that comes every 50 ms, by three calls in turn (and one that feeds them)
 	Churn    int  // threads that start others all the time
+	Wait     bool // threads that wait without a time limit in calls that a stop may end with EINTR
 	AltStack bool // a thread that stands on its signal stack, interrupted inside the image
 
 	Static bool // link the host statically
@@ -90,6 +91,9 @@ const (
 	wordSum     = 19
 	exampleAt   = 20 * 8
 	exampleSize = 128
+	wordWaits   = 36
+	wordEINTRs  = 37
+	wordHandled = 38
 )
 
 // Probe is an address at which every host has a page filled with 0x5a.
@@ -137,6 +141,9 @@ func Launch(t testing.TB, o Options) (*Host, error) {
 		n    int
 	}{{"spin", o.Spin}, {"fp", o.FP}, {"sleep", o.Sleep}, {"block", o.Block}, {"churn", o.Churn}} {
 		args = append(args, "--"+n.name+"="+strconv.Itoa(n.n))
+	}
+	if o.Wait {
+		args = append(args, "--wait=1")
 	}
 	if o.AltStack {
 		args = append(args, "--altstack=1")
@@ -292,6 +299,9 @@ type Stats struct {
 	Lates   uint64 // sleeps more than a second too long
 	Signals uint64 // that came to the receiver
 	Sum     uint64 // of the values they carried
+	Waits   uint64 // calls without a time limit that ended as they should
+	EINTRs  uint64 // those that ended with EINTR
+	Handled uint64 // signals sent to end them
 	Example string // the first thing that was wrong
 }
 
@@ -303,6 +313,7 @@ func (h *Host) Stats() Stats {
 		Calls: h.word(wordCalls), Wrong: h.word(wordWrong), Faults: h.word(wordFaults), Threads: int(h.word(wordThreads)),
 		Value: int(int64(h.word(wordValue))), Sleeps: h.word(wordSleeps), Reads: h.word(wordReads), FP: h.word(wordFP),
 		Lates: h.word(wordLates), Signals: h.word(wordSignals), Sum: h.word(wordSum), Example: text,
+		Waits: h.word(wordWaits), EINTRs: h.word(wordEINTRs), Handled: h.word(wordHandled),
 	}
 }
 
