@@ -21,7 +21,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -49,7 +48,11 @@ type Options struct {
 	Log     *zap.Logger
 	Version string
 	Now     func() time.Time
-	Ready   func() // called once, after records were recovered and the first pass is done
+	// Management is device management's word over the policy file; nil where
+	// there is none. Settings are the configuration as it is in force, for people.
+	Management Management
+	Settings   []control.Setting
+	Ready      func() // called once, after records were recovered and the first pass is done
 }
 
 // Agent is the daemon's heart. Its methods that serve control may be called
@@ -64,35 +67,37 @@ type Agent struct {
 	done   chan struct{} // closed when Run returns
 
 	// Owned by the loop.
-	policy    *Policy
-	policyErr error
-	facts     eligibility.Facts
-	factsAt   time.Time
-	verdict   eligibility.Verdict
-	device    probe.Device
-	offers    []repository.Offer
-	local     map[string]repository.Offer // installed from files with their own metadata
-	skipped   []repository.Skipped
-	verified  bool // some metadata was verified, now or in a former life
-	expires   time.Time
-	checkedAt time.Time // last check that succeeded
-	repoErr   *control.RepositoryError
-	releases  map[string]*loaded
-	loading   map[string]bool
-	retryLoad map[string]time.Time
-	procs     map[target.ID]*procState
-	scannedAt time.Time
-	scanErr   error
-	scanCost  time.Duration // of looking at the processes, the last time
-	denied    int           // processes that could not be looked into
-	rows      map[rowKey]row
-	checked   map[string]time.Time // record → when it was last compared with memory
-	notices   []control.Attention
-	dirty     bool
-	again     time.Time // when the next attempt is due, zero if none waits
-	hour      hour      // as of the last publication
-	freeze    string    // the backend's sentence on what it may reach
-	method    string    // how it stops threads
+	policy         *Policy
+	policyErr      error
+	shownPolicy    []control.Setting // of the policy in force
+	managedAtStart *settings         // of the configuration
+	facts          eligibility.Facts
+	factsAt        time.Time
+	verdict        eligibility.Verdict
+	device         probe.Device
+	offers         []repository.Offer
+	local          map[string]repository.Offer // installed from files with their own metadata
+	skipped        []repository.Skipped
+	verified       bool // some metadata was verified, now or in a former life
+	expires        time.Time
+	checkedAt      time.Time // last check that succeeded
+	repoErr        *control.RepositoryError
+	releases       map[string]*loaded
+	loading        map[string]bool
+	retryLoad      map[string]time.Time
+	procs          map[target.ID]*procState
+	scannedAt      time.Time
+	scanErr        error
+	scanCost       time.Duration // of looking at the processes, the last time
+	denied         int           // processes that could not be looked into
+	rows           map[rowKey]row
+	checked        map[string]time.Time // record → when it was last compared with memory
+	notices        []control.Attention
+	dirty          bool
+	again          time.Time // when the next attempt is due, zero if none waits
+	hour           hour      // as of the last publication
+	freeze         string    // the backend's sentence on what it may reach
+	method         string    // how it stops threads
 
 	recMu      sync.Mutex
 	records    map[string]patcher.Record
@@ -120,9 +125,7 @@ func New(o Options) (*Agent, error) {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
-	if err := os.MkdirAll(o.Config.StateDir, 0o700); err != nil {
-		return nil, fmt.Errorf("cannot make the state folder: %w", err)
-	}
+	// The store makes the folder, with the protection that it needs.
 	st, damage, err := store.Open(filepath.Join(o.Config.StateDir, "state.db"))
 	if err != nil {
 		return nil, err
@@ -310,7 +313,7 @@ func (a *Agent) judge() {
 		profile = eligibility.ProfileOf(a.facts)
 	}
 	was := a.verdict
-	a.verdict = eligibility.Judge(profile, a.facts, a.policy.Judged(a.o.Config.Policy.File, a.policyErr))
+	a.verdict = eligibility.Judge(profile, a.facts, a.policy.Judged(a.policyPlace(), a.policyErr))
 	a.dirty = true
 	if was.Checks != nil && was.Eligible != a.verdict.Eligible {
 		text := "the device is eligible now"
@@ -334,7 +337,8 @@ func openChecks(v eligibility.Verdict) []string {
 
 // loadPolicy reads the policy; a wrong one leaves the last good one in force, loudly.
 func (a *Agent) loadPolicy() {
-	p, err := LoadPolicy(a.o.Config.Policy.File)
+	a.noticeConfiguration()
+	p, shown, err := LoadManagedPolicy(a.o.Config.Policy.File, a.o.Management)
 	if err != nil {
 		if a.policyErr == nil || a.policyErr.Error() != err.Error() {
 			a.log.Error("policy refused, the last good one stays in force", zap.Error(err))
@@ -350,7 +354,7 @@ func (a *Agent) loadPolicy() {
 		a.log.Info("policy read", zap.String("file", p.File), zap.Bool("absent", p.Absent))
 		a.history(own, control.HistoryEntry{Action: "policy", Text: "the policy was read anew"})
 	}
-	a.policy, a.policyErr = p, nil
+	a.policy, a.policyErr, a.shownPolicy = p, nil, shown
 	if a.facts != nil {
 		a.judge()
 	}

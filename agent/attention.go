@@ -49,7 +49,7 @@ func (a *Agent) attention(v View, s *snapshot, holds []control.Hold) []control.A
 		if a.policy == nil {
 			text = "the policy was refused, and there was none before: the device is not enrolled"
 		}
-		add("policy", control.SeverityError, text, "mend "+a.o.Config.Policy.File+" (hotpatchd check-config shows the place)", now, public)
+		add("policy", control.SeverityError, text, "mend "+a.policyFault()+" (hotpatchd check-config shows the place)", now, public)
 	}
 	if a.repoErr != nil {
 		add("repository", control.SeverityWarning, "repository: "+a.repoErr.Text, "applied fixes stay; it is tried again by itself", a.repoErr.Since, public)

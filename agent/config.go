@@ -8,9 +8,11 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"time"
 
+	"hotpatchd/agent/control"
 	"hotpatchd/eligibility"
 )
 
@@ -155,31 +157,52 @@ func defaultConfig(goos, programData string) *Config {
 // LoadConfig reads a configuration file. Every error names the file, and where
 // it can the line and column, and shows the line.
 func LoadConfig(path string) (*Config, error) {
+	c, _, err := LoadManagedConfig(path, nil)
+	return c, err
+}
+
+// LoadManagedConfig is LoadConfig with what device management has set over it
+// (m may be nil), and with every key as it is in force.
+func LoadManagedConfig(path string, m Management) (*Config, []control.Setting, error) {
 	absolute, err := filepath.Abs(path)
 	if err != nil {
-		return nil, fmt.Errorf("cannot read the configuration: %w", err)
+		return nil, nil, fmt.Errorf("cannot read the configuration: %w", err)
 	}
 	text, err := readDocument(absolute)
 	if err != nil {
-		return nil, fmt.Errorf("cannot read the configuration: %w", err)
+		return nil, nil, fmt.Errorf("cannot read the configuration: %w", err)
+	}
+	all, err := managedBy(m)
+	if err != nil {
+		return nil, nil, err
 	}
 	c := DefaultConfig()
-	if err := c.parse(absolute, text, runtime.GOOS); err != nil {
-		return nil, err
+	shown, err := c.read(absolute, text, runtime.GOOS, all.of(&configFile{}))
+	if err != nil {
+		return nil, nil, err
 	}
-	return c, nil
+	return c, shown, nil
 }
 
 // parse puts what text says over the defaults in c.
 func (c *Config) parse(file string, text []byte, goos string) error {
+	_, err := c.read(file, text, goos, settings{})
+	return err
+}
+
+// read is parse with device management's word over the text.
+func (c *Config) read(file string, text []byte, goos string, over settings) ([]control.Setting, error) {
 	in := configFile{StateDir: c.StateDir}
 	in.Control.Socket, in.Control.Group = c.Control.Socket, c.Control.Group
 	in.Repository.Root = c.Repository.Root
 	in.Backend.Name, in.Eligibility.Profile = c.Backend.Name, c.Eligibility.Profile
 	in.Policy.File = c.Policy.File
 	d, err := decode(file, text, ConfigFormat, &in)
+	if err == nil {
+		err = d.overlay(&in, over)
+	}
 	if err != nil {
-		return err
+		return nil, err
 	}
 	c.File = file
 	c.StateDir = in.StateDir
@@ -193,18 +216,24 @@ func (c *Config) parse(file string, text []byte, goos string) error {
 
 	c.resolve(filepath.Dir(file), goos)
 	if c.Repository.CheckEvery, err = d.duration("repository.check_every", in.Repository.CheckEvery, c.Repository.CheckEvery, minCheckEvery, maxCheckEvery); err != nil {
-		return err
+		return nil, err
 	}
 	if c.Backend.ScanEvery, err = d.duration("backend.scan_every", in.Backend.ScanEvery, c.Backend.ScanEvery, minScanEvery, maxScanEvery); err != nil {
-		return err
+		return nil, err
 	}
 	if c.Repository.Products, err = d.globs("repository.products", in.Repository.Products, c.Repository.Products); err != nil {
-		return err
+		return nil, err
 	}
 	if c.Repository.Images, err = d.globs("repository.images", in.Repository.Images, c.Repository.Images); err != nil {
-		return err
+		return nil, err
 	}
-	return c.check(d, goos)
+	if err := c.check(d, goos); err != nil {
+		return nil, err
+	}
+	return d.effective(&in, map[string]string{
+		"repository.check_every": strconv.Quote(c.Repository.CheckEvery.String()), "backend.scan_every": strconv.Quote(c.Backend.ScanEvery.String()),
+		"repository.products": `["*"]`, "repository.images": `["*"]`,
+	}), nil
 }
 
 // resolve makes relative paths count from the folder of the configuration.

@@ -26,6 +26,8 @@ type document struct {
 	file string
 	text []byte
 	at   map[string]unstable.Range // "repository.url", "deny[2]" → its value
+
+	managed map[string]string // keys that device management has set → where
 }
 
 // readDocument reads a regular file of bounded length.
@@ -237,6 +239,10 @@ func keyName(key string) string {
 // errorf is an error about the value of key, shown where it stands. A key that
 // is not in the file (a default that does not fit the rest) is only named.
 func (d *document) errorf(key, format string, args ...any) error {
+	base, _, _ := strings.Cut(key, "[")
+	if place, ok := d.managed[base]; ok {
+		return fmt.Errorf("%s%s: %s", place, key[len(base):], visible(fmt.Sprintf(format, args...)))
+	}
 	message := keyName(key) + ": " + fmt.Sprintf(format, args...)
 	where, ok := d.at[key]
 	if !ok {
@@ -284,7 +290,7 @@ func visible(s string) string {
 
 // duration parses the value of key, which must lie in min..max; "" is the default.
 func (d *document) duration(key, text string, fallback, least, most time.Duration) (time.Duration, error) {
-	if _, set := d.at[key]; !set {
+	if !d.set(key) {
 		return fallback, nil
 	}
 	v, err := time.ParseDuration(text)

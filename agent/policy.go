@@ -4,10 +4,12 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"strconv"
 	"strings"
 	"time"
 	"unicode/utf8"
 
+	"hotpatchd/agent/control"
 	"hotpatchd/agent/release"
 	"hotpatchd/eligibility"
 )
@@ -87,31 +89,77 @@ type policyFile struct {
 // set, and no error. After an error the caller keeps the last policy that was
 // good; if there never was one, Judged tells eligibility so.
 func LoadPolicy(path string) (*Policy, error) {
-	text, err := readDocument(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return &Policy{File: path, Absent: true, Mode: Automatic, Ring: -1, BusyBudget: busyBudget}, nil
-	}
+	p, _, err := LoadManagedPolicy(path, nil)
+	return p, err
+}
+
+// LoadManagedPolicy is LoadPolicy with what device management has set over it
+// (m may be nil), and with every key as it is in force. Where management has
+// set a key the policy is not absent without its file.
+func LoadManagedPolicy(path string, m Management) (*Policy, []control.Setting, error) {
+	all, err := managedBy(m)
 	if err != nil {
-		return nil, &policyError{ErrPolicyUnreadable, fmt.Errorf("cannot read the policy: %w", err)}
+		return nil, nil, &policyError{ErrPolicyUnreadable, err}
 	}
-	return ParsePolicy(path, text)
+	over := all.of(&policyFile{})
+	text, err := readDocument(path)
+	absent := errors.Is(err, fs.ErrNotExist)
+	switch {
+	case absent:
+		text = []byte("format = \"" + PolicyFormat + "\"\n")
+	case err != nil:
+		return nil, nil, &policyError{ErrPolicyUnreadable, fmt.Errorf("cannot read the policy: %w", err)}
+	}
+	p, shown, err := parsePolicy(path, text, over)
+	if err != nil {
+		return nil, nil, &policyError{ErrPolicyWrong, err}
+	}
+	p.Absent = absent && len(over.all) == 0
+	return p, shown, nil
 }
 
 // ParsePolicy reads the text of a policy; file is used in errors only.
 func ParsePolicy(file string, text []byte) (*Policy, error) {
-	p, err := parsePolicy(file, text)
+	p, _, err := parsePolicy(file, text, settings{})
 	if err != nil {
 		return nil, &policyError{ErrPolicyWrong, err}
 	}
 	return p, nil
 }
 
-func parsePolicy(file string, text []byte) (*Policy, error) {
+// unsaid words what the policy means where it says nothing.
+func unsaid(in *policyFile) map[string]string {
+	word := map[string]string{"busy_budget": strconv.Quote(busyBudget.String())}
+	for key, silent := range map[string]bool{"enrolled": in.Enrolled == nil, "allow_hotpatch": in.AllowHotpatch == nil} {
+		if silent {
+			word[key] = "not set"
+		}
+	}
+	if in.Ring == nil {
+		word["ring"] = "by the device's id"
+	}
+	return word
+}
+
+func parsePolicy(file string, text []byte, over settings) (*Policy, []control.Setting, error) {
 	in := policyFile{Mode: string(Automatic)}
 	d, err := decode(file, text, PolicyFormat, &in)
-	if err != nil {
-		return nil, err
+	if err == nil {
+		err = d.overlay(&in, over)
 	}
+	if err != nil {
+		return nil, nil, err
+	}
+	p, err := in.policy(file, d)
+	if err != nil {
+		return nil, nil, err
+	}
+	return p, d.effective(&in, unsaid(&in)), nil
+}
+
+// policy checks what was read and makes a Policy of it.
+func (in *policyFile) policy(file string, d *document) (*Policy, error) {
+	var err error
 	p := &Policy{
 		File: file, Enrolled: in.Enrolled, AllowHotpatch: in.AllowHotpatch, Mode: Mode(in.Mode), Pause: in.Pause,
 		Hold: in.Hold, Waive: in.Waive, Ring: -1,
@@ -329,7 +377,7 @@ func wild(pattern, name string) bool {
 
 // globs checks a list of patterns; a key that is not in the file is the default.
 func (d *document) globs(key string, texts []string, fallback []Glob) ([]Glob, error) {
-	if _, set := d.at[key]; !set {
+	if !d.set(key) {
 		return fallback, nil
 	}
 	if len(texts) > maxGlobs {

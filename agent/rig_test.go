@@ -36,13 +36,14 @@ func init() { flag.DurationVar(&patience, "patience", patience, "how long a cond
 
 // rig is one simulated device: machine, repository, clock, and the daemon.
 type rig struct {
-	t     *testing.T
-	dir   string
-	m     *sim.Machine
-	cfg   *Config
-	keys  repository.Keys
-	boot  string
-	clock atomic.Int64 // added to real time, nanoseconds
+	management Management // nil: none
+	t          *testing.T
+	dir        string
+	m          *sim.Machine
+	cfg        *Config
+	keys       repository.Keys
+	boot       string
+	clock      atomic.Int64 // added to real time, nanoseconds
 
 	mu    sync.Mutex
 	facts eligibility.Facts
@@ -158,8 +159,9 @@ func (r *rig) start() error {
 			}
 			return out
 		},
-		Device: func(f eligibility.Facts) probe.Device { return probe.Describe(f, "0123456789abcdef") },
-		Ready:  func() { close(ready) },
+		Device:     func(f eligibility.Facts) probe.Device { return probe.Describe(f, "0123456789abcdef") },
+		Management: r.management,
+		Ready:      func() { close(ready) },
 	})
 	if err != nil {
 		return err

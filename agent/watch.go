@@ -19,6 +19,7 @@ func (a *Agent) watch(ctx context.Context, wg *sync.WaitGroup) {
 		go func() { defer wg.Done(); fn() }()
 	}
 	run(func() { WatchPolicy(ctx, a.o.Config.Policy.File, a.Reload) })
+	run(func() { a.watchManagement(ctx) })
 	run(func() { a.checkRegularly(ctx) })
 	if w, ok := a.o.Backend.(target.Watcher); ok {
 		starts, err := w.Watch(ctx)

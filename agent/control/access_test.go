@@ -40,6 +40,7 @@ var expectations = []struct {
 	{"GET", "/v1/history?limit=5", "", 403, "history 5"},
 	{"GET", "/v1/explain?pid=7&address=7ffb2a3c149b", "", 403, "explain 7 7ffb2a3c149b"},
 	{"GET", "/v1/diagnose", "", 403, "diagnose"},
+	{"GET", "/v1/policy", "", 403, "policy"},
 }
 
 func (r *running) request(t *testing.T, method, path, body string) (int, string) {
@@ -170,7 +171,7 @@ func TestStrangersSeeOnlyWhatIsListed(t *testing.T) {
 		"status": answer[Status](f, "x"), "eligibility": answer[Eligibility](f, "x"), "list": answer[Offers](f, "x"),
 		"processes": answer[Processes](f, "x"), "event": answer[Event](f, "x"),
 		"plan": answer[Plan](f, "x"), "change": answer[Change](f, "x"), "verify": answer[Verify](f, "x"),
-		"history": answer[History](f, "x"), "explain": answer[Explain](f, "x"),
+		"history": answer[History](f, "x"), "explain": answer[Explain](f, "x"), "policy": answer[Settings](f, "x"),
 	} {
 		seen := filter(strangerCaller, doc)
 		if seen == nil {

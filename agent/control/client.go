@@ -143,6 +143,11 @@ func (c *Client) Explain(ctx context.Context, pid int, address uint64) (*Explain
 	return ask[Explain](ctx, c, "/v1/explain", v, askWait)
 }
 
+// Policy asks for every setting in force and where it comes from.
+func (c *Client) Policy(ctx context.Context) (*Settings, error) {
+	return ask[Settings](ctx, c, "/v1/policy", nil, askWait)
+}
+
 // Hold holds a release.
 func (c *Client) Hold(ctx context.Context, id, reason string) (*Change, error) {
 	return order[Change](ctx, c, "/v1/hold", holdRequest{id, reason})

@@ -31,6 +31,8 @@ func formatOf(doc any) string {
 		return FormatHistory
 	case *Explain:
 		return FormatExplain
+	case *Settings:
+		return FormatSettings
 	case *Event:
 		return FormatEvent
 	case *errorDoc:

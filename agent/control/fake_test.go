@@ -123,6 +123,9 @@ func (f *fakeService) History(_ context.Context, c Caller, limit int) (*History,
 func (f *fakeService) Explain(_ context.Context, c Caller, pid int, address uint64) (*Explain, error) {
 	return answer[Explain](f, "explain"), f.called(c, "explain", pid, Addr(address))
 }
+func (f *fakeService) Policy(_ context.Context, c Caller) (*Settings, error) {
+	return answer[Settings](f, "policy"), f.called(c, "policy")
+}
 func (f *fakeService) Diagnose(_ context.Context, c Caller) ([]byte, error) {
 	return []byte("zip"), f.called(c, "diagnose")
 }

@@ -60,6 +60,7 @@ var routes = []route{
 	{method: "GET", path: "/v1/history", access: admin, params: []string{"limit"}, answer: (*call).history},
 	{method: "GET", path: "/v1/explain", access: admin, params: []string{"pid", "address"}, answer: (*call).explain},
 	{method: "GET", path: "/v1/diagnose", access: admin, stream: (*call).diagnose},
+	{method: "GET", path: "/v1/policy", access: admin, answer: (*call).policy},
 }
 
 // find returns the route, or the error that tells what is wrong.
@@ -84,6 +85,7 @@ func (c *call) eligibility() (any, error) { return c.cfg.Service.Eligibility(c.c
 func (c *call) offers() (any, error)      { return c.cfg.Service.Offers(c.ctx, c.caller) }
 func (c *call) pause() (any, error)       { return c.noBody(c.cfg.Service.Pause) }
 func (c *call) resume() (any, error)      { return c.noBody(c.cfg.Service.Resume) }
+func (c *call) policy() (any, error)      { return c.cfg.Service.Policy(c.ctx, c.caller) }
 func (c *call) verify() (any, error)      { return c.cfg.Service.Verify(c.ctx, c.caller) }
 
 func (c *call) check() (any, error) {

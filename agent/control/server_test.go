@@ -31,6 +31,7 @@ func TestDocumentsArriveAsSent(t *testing.T) {
 		"verify":       func() (any, error) { return r.client.Verify(ctx) },
 		"history":      func() (any, error) { return r.client.History(ctx, 5) },
 		"explain":      func() (any, error) { return r.client.Explain(ctx, 1, 2) },
+		"policy":       func() (any, error) { return r.client.Policy(ctx) },
 	} {
 		got, err := call()
 		if err != nil {

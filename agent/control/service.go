@@ -51,6 +51,8 @@ type Service interface {
 	Explain(ctx context.Context, c Caller, pid int, address uint64) (*Explain, error)
 	// Diagnose returns a zip file for a support request.
 	Diagnose(ctx context.Context, c Caller) ([]byte, error)
+	// Policy is every setting in force and where it comes from.
+	Policy(ctx context.Context, c Caller) (*Settings, error)
 	// Subscribe returns what happens from now on, until ctx ends; then the
 	// channel is closed. A subscriber that does not keep up loses events, never
 	// holds up the daemon.

@@ -19,6 +19,7 @@ const (
 	FormatVerify      = "hotpatch-verify/1"
 	FormatHistory     = "hotpatch-history/1"
 	FormatExplain     = "hotpatch-explain/1"
+	FormatSettings    = "hotpatch-policy/1"
 	FormatEvent       = "hotpatch-event/1"
 	FormatError       = "hotpatch-error/1"
 )

@@ -210,6 +210,21 @@ func verifyBad() *control.Verify {
 		Unread:     []control.Mismatch{{PID: 900, Exe: "x.exe", Image: "app.dll", Text: "access denied"}}, History: "history entry 17 was changed: its hash does not match"}
 }
 
+func settingsDoc() *control.Settings {
+	return &control.Settings{
+		Policy: []control.Setting{
+			{Key: "enrolled", Value: "true", Source: `HKLM\SOFTWARE\Policies\hotpatchd, enrolled`},
+			{Key: "allow_hotpatch", Value: "not set", Source: "default"},
+			{Key: "mode", Value: `"automatic"`, Source: `C:\ProgramData\hotpatchd\policy.toml:4`},
+			{Key: "hold", Value: `["ACME-2026-11"]`, Source: `C:\ProgramData\hotpatchd\policy.toml:5`},
+		},
+		Configuration: []control.Setting{
+			{Key: "state_dir", Value: `"C:\\ProgramData\\hotpatchd\\state"`, Source: "default"},
+			{Key: "repository.url", Value: `"https://patches.example.com"`, Source: `C:\ProgramData\hotpatchd\config.toml:6`},
+		},
+	}
+}
+
 func historyDoc() *control.History {
 	return &control.History{Header: header(control.FormatHistory), Entries: []control.HistoryEntry{
 		{Seq: 3, Time: ago(time.Hour), Caller: control.HistoryCaller{UID: 1000, User: "alice", PID: 99}, Action: "rollback", Release: "ACME-2026-11", Text: "rolled back"},

@@ -132,7 +132,7 @@ Exit codes: 0 done, answered or already so; 1 failed; 2 usage; 3 the device is n
 	root.AddCommand(
 		s.statusCommand(), s.eligibilityCommand(), s.checkCommand(), s.listCommand(), s.planCommand(), s.installCommand(),
 		s.rollbackCommand(), s.holdCommand(), s.releaseHoldCommand(), s.pauseCommand(), s.resumeCommand(), s.processesCommand(),
-		s.verifyCommand(), s.historyCommand(), s.calendarCommand(), s.watchCommand(), s.waitCommand(), s.diagnoseCommand(), s.explainCommand())
+		s.verifyCommand(), s.historyCommand(), s.policyCommand(), s.calendarCommand(), s.watchCommand(), s.waitCommand(), s.diagnoseCommand(), s.explainCommand())
 	return root
 }
 

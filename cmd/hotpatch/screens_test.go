@@ -156,6 +156,10 @@ func screens() map[string]string {
 	all["verify-good"] = s.verify(&control.Verify{OK: true, Processes: 38, Images: 41, Sites: 82})
 	all["verify-nothing"] = s.verify(&control.Verify{OK: true})
 	all["verify-bad"] = s.verify(verifyBad())
+	all["policy"] = s.policy(settingsDoc())
+	refused := settingsDoc()
+	refused.Problem = `HKLM\SOFTWARE\Policies\hotpatchd, mode: must be REG_SZ, not REG_DWORD`
+	all["policy-refused"] = s.policy(refused)
 	all["history"] = s.history(historyDoc())
 	all["history-empty"] = s.history(&control.History{})
 	broken := historyDoc()

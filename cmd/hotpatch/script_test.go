@@ -295,6 +295,11 @@ func (d *daemon) Explain(_ context.Context, _ control.Caller, pid int, address u
 	defer d.mu.Unlock()
 	return explainDoc(), d.ask("explain", pid, control.Addr(address))
 }
+func (d *daemon) Policy(context.Context, control.Caller) (*control.Settings, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return settingsDoc(), d.ask("policy")
+}
 func (d *daemon) Diagnose(context.Context, control.Caller) ([]byte, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()

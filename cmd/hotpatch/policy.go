@@ -1,0 +1,42 @@
+package main
+
+import (
+	"github.com/spf13/cobra"
+
+	"hotpatchd/agent/control"
+)
+
+func (s *session) policyCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "policy", Short: "Every setting in force, and where it comes from", Args: noArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			d, err := s.client.Policy(c.Context())
+			if err != nil {
+				return err
+			}
+			return s.show(d, func() string { return s.screen.policy(d) })
+		},
+	}
+}
+
+// policy shows policy and configuration key by key.
+func (s *screen) policy(d *control.Settings) string {
+	p := &page{}
+	if d.Problem != "" {
+		p.verdict(s, bad, "NOT IN FORCE", "The policy as it stands is refused; the last good one stays in force. "+d.Problem)
+		p.blank()
+	}
+	table := func(title string, all []control.Setting) {
+		var rows [][]string
+		for _, x := range all {
+			rows = append(rows, []string{x.Key, x.Value, x.Source})
+		}
+		p.table(s, []column{{title, 26, 12}, {"VALUE", 40, 16}, {title: "FROM"}}, rows, nil)
+	}
+	table("POLICY", d.Policy)
+	p.blank()
+	table("CONFIGURATION", d.Configuration)
+	p.blank()
+	p.line("The policy is read anew when it changes; the configuration when the daemon starts.")
+	return p.String()
+}
