@@ -10,20 +10,22 @@ import (
 	"hotpatchd/patcher/target"
 )
 
-// backend implements target.Backend. Its lock covers what follows it.
+// backend implements target.Backend.
 type backend struct {
 	kernel kernel
 	method method
 	guard  guardian
 	limit  time.Duration // of a call made in a process
 
-	mu       sync.Mutex
-	procs    map[int]*known
-	desc     describer
-	changes  uint64 // last Change given out
-	round    uint64
-	turns    int // of so many processes with page faults one is looked at in a round
-	waiting  int // how many there were
+	listing sync.Mutex // covers the next ones; held for long, so never wanted while threads stand
+	procs   map[int]*known
+	desc    describer
+	changes uint64 // last Change given out
+	round   uint64
+	turns   int // of so many processes with page faults one is looked at in a round
+	waiting int // how many there were
+
+	mu       sync.Mutex // covers the next ones; held for moments
 	reserved map[target.ID]reservations
 	held     map[target.ID]*frozen
 }

@@ -17,6 +17,13 @@
 // Alloc beside them, is not listed by Regions, and goes back to the system with
 // the last page.
 //
+// A call made in a process runs in a thread of its own, made for it, on a page of
+// its own. It harms nothing if we die, has a deadline, and keeps its page if it
+// is not back by then.
+//
+// The stack of a fiber that no thread runs shows in no thread's stack: what a
+// program switches by itself it may return to unseen.
+//
 // # What a stop does to a program
 //
 // Nothing: a suspended thread's waits go on and end when they would have ended.

@@ -13,7 +13,6 @@ import (
 	"golang.org/x/sys/windows"
 
 	"hotpatchd/patcher/target"
-	"hotpatchd/patcher/target/targettest"
 	"hotpatchd/patcher/target/win32/winhosttest"
 )
 
@@ -87,58 +86,6 @@ func (a *altered) registers(thread windows.Handle, r *registers) error {
 		a.onRegisters(thread, r)
 	}
 	return err
-}
-
-// openHost opens a host through an altered kernel.
-func openHost(t *testing.T, a *altered, h *winhosttest.Host) target.Process {
-	t.Helper()
-	p, err := newBackend(a).Open(context.Background(), idOf(t, h.PID))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { p.Close() })
-	return p
-}
-
-func idOf(t *testing.T, pid int) target.ID {
-	t.Helper()
-	h, err := windows.OpenProcess(windows.PROCESS_QUERY_LIMITED_INFORMATION, false, uint32(pid))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer windows.CloseHandle(h)
-	start, err := started(h)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return target.ID{PID: pid, Start: start}
-}
-
-// freezes tries until the machine is quiet enough.
-func freezes(t *testing.T, p target.Process) target.Frozen {
-	t.Helper()
-	for end := time.Now().Add(winhosttest.Patience); ; time.Sleep(time.Millisecond) {
-		f, err := p.Freeze(context.Background())
-		if err == nil {
-			return f
-		}
-		if !errors.Is(err, target.ErrBusy) || time.Now().After(end) {
-			t.Fatalf("Freeze: %v", err)
-		}
-	}
-}
-
-func wantError(t *testing.T, what string, err, kind error, texts ...string) {
-	t.Helper()
-	if !errors.Is(err, kind) {
-		t.Errorf("%s: %v, want %v", what, err, kind)
-		return
-	}
-	for _, s := range texts {
-		if !strings.Contains(err.Error(), s) {
-			t.Errorf("%s: %q does not say %q", what, err, s)
-		}
-	}
 }
 
 // TestFreezeFails has each call of a freeze fail: nobody may be held after it,
@@ -368,92 +315,4 @@ func TestStalePID(t *testing.T) {
 		_, err := b.Open(context.Background(), target.ID{PID: pid, Start: 1})
 		wantError(t, "Open", err, target.ErrGone)
 	}
-}
-
-// changes is a kernel that has process state changes, made of NtSuspendProcess
-// and NtResumeProcess. What it cannot show is that Windows takes a stop back
-// when the last handle of the object closes: that is Windows's promise.
-type changes struct{ system }
-
-var (
-	ntSuspendProcess = ntdll.NewProc("NtSuspendProcess")
-	ntResumeProcess  = ntdll.NewProc("NtResumeProcess")
-)
-
-func (changes) newChange(process windows.Handle) (windows.Handle, error) {
-	return windows.CreateEvent(nil, 0, 0, nil)
-}
-
-func (changes) change(object, process windows.Handle, stop bool) error {
-	if stop {
-		return nt(ntSuspendProcess, uintptr(process))
-	}
-	return nt(ntResumeProcess, uintptr(process))
-}
-
-func (changes) suspend(windows.Handle) (int, error) {
-	return 0, errors.New("no thread is suspended by itself under a state change")
-}
-
-// TestSuiteByStateChange holds the other way to stop against the same promises.
-func TestSuiteByStateChange(t *testing.T) {
-	b := newBackend(changes{})
-	if b.method != stateChange || b.FreezeMethod() == newBackend(system{}).FreezeMethod() && newBackend(system{}).method == suspension {
-		t.Fatalf("the method is %q", b.FreezeMethod())
-	}
-	targettest.Run(t, targettest.Setup{Backend: b, Start: startVictim, Patience: winhosttest.Patience, Lacks: lacks})
-	if b.guard.process != 0 {
-		t.Error("a guardian was started")
-	}
-}
-
-// TestStateChangeFails: without the object nothing is stopped; one that does
-// not let go is told of, and let go of again.
-func TestStateChangeFails(t *testing.T) {
-	h := winhosttest.Start(t, winhosttest.Options{Spin: 2})
-	k := &failingChanges{}
-	b := newBackend(k)
-	p, err := b.Open(context.Background(), idOf(t, h.PID))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer p.Close()
-	k.fail = "new"
-	_, err = p.Freeze(context.Background())
-	wantError(t, "Freeze", err, target.ErrDenied)
-	k.fail = "stop"
-	_, err = p.Freeze(context.Background())
-	wantError(t, "Freeze", err, target.ErrDenied)
-	h.Runs()
-	k.fail = ""
-	f := freezes(t, p)
-	k.fail = "resume"
-	if err := f.Thaw(); err == nil {
-		t.Error("a Thaw that does not let go succeeds")
-	}
-	k.fail = ""
-	if err := f.Thaw(); err != nil {
-		t.Error(err)
-	}
-	unheld(t, h, 0, "after the second Thaw")
-	h.Healthy()
-}
-
-type failingChanges struct {
-	changes
-	fail string
-}
-
-func (f *failingChanges) newChange(process windows.Handle) (windows.Handle, error) {
-	if f.fail == "new" {
-		return 0, windows.STATUS_ACCESS_DENIED
-	}
-	return f.changes.newChange(process)
-}
-
-func (f *failingChanges) change(object, process windows.Handle, stop bool) error {
-	if f.fail == "stop" && stop || f.fail == "resume" && !stop {
-		return windows.STATUS_ACCESS_DENIED
-	}
-	return f.changes.change(object, process, stop)
 }

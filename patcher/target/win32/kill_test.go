@@ -183,11 +183,18 @@ func TestKilledAnywhere(t *testing.T) {
 // runFreezer runs one to its end and waits for that of its guardian.
 func runFreezer(t *testing.T, job string) int {
 	t.Helper()
-	c := exec.Command(os.Args[0])
-	c.Env = append(os.Environ(), freezerEnv+"="+job)
-	c.Stderr = os.Stderr
-	if err := c.Start(); err != nil {
-		t.Fatal(err)
+	var c *exec.Cmd
+	for try := 1; ; try++ { // on a loaded machine Wine may fail to start a process ("Internal error")
+		c = exec.Command(os.Args[0])
+		c.Env = append(os.Environ(), freezerEnv+"="+job)
+		c.Stderr = os.Stderr
+		err := c.Start()
+		if err == nil {
+			break
+		}
+		if try == 5 {
+			t.Fatal(err)
+		}
 	}
 	timer := time.AfterFunc(winhosttest.Patience, func() { c.Process.Kill() })
 	defer timer.Stop()

@@ -51,8 +51,8 @@ func (b *backend) List(ctx context.Context) ([]target.Info, error) {
 	if err != nil {
 		return nil, &target.Error{Op: "list", Note: "the system does not tell of its processes", Err: err}
 	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
+	b.listing.Lock()
+	defer b.listing.Unlock()
 	b.round++
 	b.turns, b.waiting = 1+b.waiting/faultChecks, 0
 	list := make([]target.Info, 0, len(entries))
@@ -68,7 +68,7 @@ func (b *backend) List(ctx context.Context) ([]target.Info, error) {
 	for pid, k := range b.procs {
 		if k.round != b.round {
 			delete(b.procs, pid)
-			delete(b.reserved, k.info.ID)
+			b.over(k.info.ID)
 		}
 	}
 	return list, nil
@@ -77,7 +77,7 @@ func (b *backend) List(ctx context.Context) ([]target.Info, error) {
 func (b *backend) refresh(e entry) *known {
 	k := b.procs[e.id.PID]
 	if k != nil && k.info.ID != e.id {
-		delete(b.reserved, k.info.ID)
+		b.over(k.info.ID)
 		k = nil
 	}
 	if k != nil && k.virtual == e.virtual && (k.faults == e.faults || !b.turn(e.id.PID)) {
@@ -211,7 +211,14 @@ func threadsOf(b []byte, n int) []int {
 // forget makes the next List look anew at a process that turned out to be in
 // another life than List said.
 func (b *backend) forget(pid int) {
+	b.listing.Lock()
+	defer b.listing.Unlock()
+	delete(b.procs, pid)
+}
+
+// over forgets what was kept of a life.
+func (b *backend) over(id target.ID) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	delete(b.procs, pid)
+	delete(b.reserved, id)
 }

@@ -29,6 +29,7 @@ type process struct {
 	h      windows.Handle // 0 when closed
 	rights uint32
 	frozen *frozen
+	single bool // the system refuses it a state change: its threads are suspended one by one
 }
 
 func (b *backend) Open(ctx context.Context, id target.ID) (target.Process, error) {
@@ -69,8 +70,8 @@ func (p *process) describe() error {
 	if err != nil {
 		return err
 	}
-	p.b.mu.Lock()
-	defer p.b.mu.Unlock()
+	p.b.listing.Lock()
+	defer p.b.listing.Unlock()
 	p.info = p.b.desc.describe(p.h, e)
 	if k := p.b.procs[e.id.PID]; k != nil && k.info.ID == e.id {
 		p.info.Change = k.info.Change
