@@ -68,6 +68,18 @@ static void c_unload(char *arg)
 	printf(FreeLibrary((HMODULE)strtoull(arg, NULL, 16)) ? "ok\n" : "error\n");
 }
 
+/* run BASE NAME: what an export int f(int) of a loaded library returns for 0. */
+static void c_run(char *arg)
+{
+	char *name;
+	HMODULE m = (HMODULE)strtoull(arg, &name, 16);
+	int (*f)(int) = *name ? (int (*)(int))GetProcAddress(m, name + 1) : NULL;
+	if (f)
+		printf("ok %d\n", f(0));
+	else
+		printf("error no export\n");
+}
+
 /* lookup ADDRESS: the unwind record the system finds for it. */
 static void c_lookup(char *arg)
 {
@@ -106,7 +118,7 @@ static const struct command {
 	const char *name;
 	void (*run)(char *arg);
 } commands[] = {
-	{"value", c_value}, {"load", c_load}, {"unload", c_unload}, {"lookup", c_lookup},
+	{"value", c_value}, {"load", c_load}, {"unload", c_unload}, {"run", c_run}, {"lookup", c_lookup},
 	{"proc", c_proc}, {"suspended", c_suspended}, {"quit", c_quit},
 };
 

@@ -21,16 +21,26 @@ static DWORD WINAPI spinner(void *arg)
 	return 0;
 }
 
+/* Milliseconds by the performance counter: the tick count may stand still for
+   longer than a tick where the system is busy. */
+static long long now(void)
+{
+	LARGE_INTEGER t, f;
+	QueryPerformanceCounter(&t);
+	QueryPerformanceFrequency(&f);
+	return t.QuadPart / (f.QuadPart / 1000);
+}
+
 /* Two ticks (of 16 ms) are allowed for: a Sleep that ends earlier was cut short. */
 static DWORD WINAPI sleeper(void *arg)
 {
 	const DWORD ms = 100;
 	for (;;) {
-		ULONGLONG from = GetTickCount64();
+		long long from = now();
 		Sleep(ms);
-		ULONGLONG took = GetTickCount64() - from;
+		long long took = now() - from;
 		if (took + 32 < ms)
-			note(FAULT, "Sleep", (long long)took, ms);
+			note(FAULT, "Sleep", took, ms);
 		__atomic_fetch_add(&shared->sleeps, 1, __ATOMIC_RELAXED);
 		call_once();
 	}

@@ -45,7 +45,7 @@ func startVictim(t testing.TB, w targettest.Want) (targettest.Victim, error) {
 	if w.Churn {
 		churn = 1
 	}
-	h, err := winhosttest.Launch(t, winhosttest.Options{Spin: max(1, w.Threads), Block: w.Blocked, Churn: churn})
+	h, err := winhosttest.Launch(t, winhosttest.Options{Spin: max(1, w.Threads), Block: w.Blocked, Sleep: min(1, w.Blocked), Churn: churn})
 	if err != nil {
 		return nil, err
 	}
