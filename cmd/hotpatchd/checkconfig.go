@@ -36,7 +36,7 @@ func checkConfigCommand(c *command, args []string, out, errOut io.Writer) int {
 	if code, done := c.parse(f, args); done {
 		return code
 	}
-	cfg, err := agent.LoadConfig(*path)
+	cfg, _, err := agent.LoadManagedConfig(*path, management())
 	if err != nil {
 		fmt.Fprintf(out, "WRONG   %v\n", err)
 		return exitFailed
@@ -125,13 +125,18 @@ func removeTree(dir string) error {
 }
 
 func (c *checker) policy(cfg *agent.Config) {
-	p, err := agent.LoadPolicy(cfg.Policy.File)
+	p, _, err := agent.LoadManagedPolicy(cfg.Policy.File, management())
 	switch {
 	case err != nil:
 		c.wrong("policy", "%v", err)
 	case p.Absent:
 		c.note("policy", "there is no %s: the device is not enrolled", cfg.Policy.File)
 	default:
+		m := management()
+		if _, err := os.Stat(cfg.Policy.File); m != nil && errors.Is(err, fs.ErrNotExist) {
+			c.ok("policy", "%s; there is no %s", m.Source(), cfg.Policy.File)
+			return
+		}
 		c.owned("policy", cfg.Policy.File)
 	}
 }

@@ -32,7 +32,9 @@ type simStage struct {
 	direct bool
 }
 
-func newSimStage() *simStage { return &simStage{next: 4711, direct: runtime.GOOS != "linux" && runtime.GOOS != "windows"} }
+func newSimStage() *simStage {
+	return &simStage{next: 4711, direct: runtime.GOOS != "linux" && runtime.GOOS != "windows"}
+}
 
 const simFacts = `format = "hotpatchd-facts/1"
 [os]
@@ -119,7 +121,7 @@ func (s *simStage) daemon(config string) error {
 		return err
 	}
 	serving := make(chan struct{})
-	h, err := newHeart(c, s.machine, logger, func() { close(serving) })
+	h, err := newHeart(c, nil, s.machine, logger, func() { close(serving) })
 	if err != nil {
 		return err
 	}

@@ -114,7 +114,7 @@ func bounded(ctx context.Context, limit time.Duration, fn func() error) error {
 // runConfigured loads the configuration and works until ctx ends. ready is called
 // once the daemon serves.
 func runConfigured(ctx context.Context, path string, log *zap.Logger, ready func()) error {
-	c, err := agent.LoadConfig(path)
+	c, shown, err := agent.LoadManagedConfig(path, management())
 	if err != nil {
 		return &hintedError{err, "hotpatchd check-config --config " + path}
 	}
@@ -130,7 +130,7 @@ func runConfigured(ctx context.Context, path string, log *zap.Logger, ready func
 		zap.String("state_dir", c.StateDir), zap.String("socket", c.Control.Socket))
 
 	serving := make(chan struct{})
-	h, err := newHeart(c, backend, log, func() { close(serving) })
+	h, err := newHeart(c, shown, backend, log, func() { close(serving) })
 	if err != nil {
 		return err
 	}
@@ -143,7 +143,7 @@ func runConfigured(ctx context.Context, path string, log *zap.Logger, ready func
 }
 
 // newHeart makes the agent of this device.
-func newHeart(c *agent.Config, backend target.Backend, log *zap.Logger, ready func()) (heart, error) {
+func newHeart(c *agent.Config, shown []control.Setting, backend target.Backend, log *zap.Logger, ready func()) (heart, error) {
 	id, err := probe.DeviceID()
 	if err != nil {
 		log.Warn("this device has no id; rollouts by percentage pass it over until they reach all", zap.Error(err))
@@ -165,7 +165,7 @@ func newHeart(c *agent.Config, backend target.Backend, log *zap.Logger, ready fu
 	return agent.New(agent.Options{
 		Config: c, Backend: backend, Facts: facts, Log: log, Version: programVersion(), Ready: ready,
 		Device: func(f eligibility.Facts) probe.Device { return probe.Describe(f, id) },
-		Boot:   probe.BootID(),
+		Boot:   probe.BootID(), Management: management(), Settings: shown,
 	})
 }
 

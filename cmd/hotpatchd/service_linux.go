@@ -13,6 +13,8 @@ import (
 
 	"github.com/kardianos/service"
 	"go.uber.org/zap"
+
+	"hotpatchd/agent"
 )
 
 const (
@@ -167,3 +169,6 @@ func withEvents(log *zap.Logger) *zap.Logger { return log }
 
 // strangerOwns is a question for Windows: here the mode of a file is looked at.
 func strangerOwns(string) (owner string, err error) { return "", nil }
+
+// management: there is no place here where device management speaks but the files.
+func management() agent.Management { return nil }
