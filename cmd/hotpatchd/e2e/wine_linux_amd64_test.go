@@ -20,28 +20,47 @@ import (
 // winapp is a running Windows program under Wine (testdata/winapp): a process
 // with a real PE loader, whose threads call the function all the time.
 type winapp struct {
-	t     testing.TB
-	pid   int // Linux's
-	stdin io.Writer
-	lines chan string
+	t      testing.TB
+	pid    int // Linux's
+	winPID int
+	stdin  io.Writer
+	lines  chan string
 }
 
 // startWinapp runs it in the prefix that scripts/wine gives.
 func startWinapp(t testing.TB, dll string, spin, sleep, block int) *winapp {
 	t.Helper()
-	wine := os.Getenv("HOTPATCH_WINE")
-	if wine == "" {
+	return startWinappIn(t, os.Environ(), dll, spin, sleep, block)
+}
+
+func startWinappIn(t testing.TB, env []string, dll string, spin, sleep, block int) *winapp {
+	t.Helper()
+	exe := windowsProgram(t, "x86_64-w64-mingw32-gcc", "winapp.c")
+	return startWindows(t, env, exe, hosttest.Fixture(t, dll), "vuln", strconv.Itoa(spin), strconv.Itoa(sleep), strconv.Itoa(block), "42", "43", "44")
+}
+
+// windowsProgram builds one of testdata/winapp.
+func windowsProgram(t testing.TB, compiler, source string) string {
+	t.Helper()
+	if os.Getenv("HOTPATCH_WINE") == "" {
 		need(t, "Wine (scripts/wine shell go test ...)")
 	}
-	if _, err := exec.LookPath("x86_64-w64-mingw32-gcc"); err != nil {
-		need(t, "a compiler for Windows (apt-get install gcc-mingw-w64-x86-64)")
+	if _, err := exec.LookPath(compiler); err != nil {
+		need(t, "%s (apt-get install gcc-mingw-w64-x86-64 g++-mingw-w64-x86-64)", compiler)
 	}
-	exe := filepath.Join(t.TempDir(), "winapp.exe")
-	source := filepath.Join(hosttest.Root(t), "testdata", "winapp", "winapp.c")
-	if out, err := exec.Command("x86_64-w64-mingw32-gcc", "-O2", "-o", exe, source).CombinedOutput(); err != nil {
-		t.Fatalf("cannot build %s: %v\n%s", source, err, out)
+	exe := filepath.Join(t.TempDir(), strings.TrimSuffix(source, filepath.Ext(source))+".exe")
+	from := filepath.Join(hosttest.Root(t), "testdata", "winapp", source)
+	if out, err := exec.Command(compiler, "-O2", "-static", "-o", exe, from).CombinedOutput(); err != nil {
+		t.Fatalf("cannot build %s: %v\n%s", from, err, out)
 	}
-	c := exec.Command(wine, exe, hosttest.Fixture(t, dll), "vuln", strconv.Itoa(spin), strconv.Itoa(sleep), strconv.Itoa(block), "42", "43", "44")
+	return exe
+}
+
+// startWindows starts a program that says "ready PID" and answers lines.
+func startWindows(t testing.TB, env []string, exe string, args ...string) *winapp {
+	t.Helper()
+	c := exec.Command(os.Getenv("HOTPATCH_WINE"), append([]string{exe}, args...)...)
+	c.Env = env
 	stdin, err := c.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -64,6 +83,8 @@ func startWinapp(t testing.TB, dll string, spin, sleep, block int) *winapp {
 	}()
 	t.Cleanup(func() { c.Process.Kill(); <-over; c.Wait() })
 	if line := w.line(); !strings.HasPrefix(line, "ready ") {
+		t.Fatalf("the program says %q", line)
+	} else if _, err := fmt.Sscanf(line, "ready %d", &w.winPID); err != nil {
 		t.Fatalf("the program says %q", line)
 	}
 	return w
