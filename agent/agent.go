@@ -48,6 +48,9 @@ type Options struct {
 	Log     *zap.Logger
 	Version string
 	Now     func() time.Time
+	// SystemImage tells whether the operating system hotpatches the image of a
+	// file itself; nil: none.
+	SystemImage func(path string) bool
 	// Management is device management's word over the policy file; nil where
 	// there is none. Settings are the configuration as it is in force, for people.
 	Management Management

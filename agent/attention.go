@@ -159,6 +159,8 @@ func (a *Agent) toDo(in Intent) string {
 		return "hotpatch eligibility says what to do"
 	case "out-of-scope":
 		return "widen [repository] products or images in the configuration, then restart the daemon"
+	case "os-hotpatch":
+		return "install Windows' own updates: they bring the fix"
 	case "denied":
 		if in.Try != nil { // the system's word, not the policy's
 			return deniedToDo

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"hotpatchd/agent/control"
+	"hotpatchd/patcher/target"
 	"hotpatchd/patcher/target/sim"
 )
 
@@ -299,5 +300,16 @@ func TestManagementIsFollowed(t *testing.T) {
 	})
 	if err != nil {
 		t.Error(err)
+	}
+}
+
+// TestSystemImagesAreLeftToTheSystem: by the path of the file, never by a name.
+func TestSystemImagesAreLeftToTheSystem(t *testing.T) {
+	a := &Agent{o: Options{SystemImage: func(path string) bool { return strings.HasPrefix(path, `C:\Windows\`) }}, policy: &Policy{}}
+	for path, want := range map[string]bool{`C:\Windows\System32\x.dll`: true, `C:\Acme\x.dll`: false, "": false} {
+		r, denied := a.deniedByPolicy(target.Info{}, "x.dll", path)
+		if denied != want || denied && r.Code != "os-hotpatch" {
+			t.Errorf("%q: %+v, %t", path, r, denied)
+		}
 	}
 }

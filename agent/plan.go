@@ -139,8 +139,12 @@ func (a *Agent) planImage(ctx context.Context, p target.Process, im *imageState,
 }
 
 // deniedByPolicy tells whether the policy denies an image, by its name or by
-// the path of its file, in a process.
+// the path of its file, in a process; or whether the system's own hotpatches
+// are in the way: an entry that we redirect makes Windows refuse its hotpatch of that image.
 func (a *Agent) deniedByPolicy(info target.Info, name, path string) (reason, bool) {
+	if a.o.SystemImage != nil && path != "" && a.o.SystemImage(path) {
+		return because("os-hotpatch", "Windows hotpatches its own images on this device: %s is left to it", name), true
+	}
 	if a.policy == nil {
 		return reason{}, false
 	}

@@ -43,3 +43,7 @@ func BootID() string {
 	}
 	return strings.TrimSpace(text)
 }
+
+// SystemImage tells whether the system hotpatches the image of a file itself:
+// only Windows does.
+func SystemImage(string) bool { return false }

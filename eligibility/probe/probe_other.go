@@ -31,3 +31,7 @@ const unsupported = "this build of hotpatchd reads no facts on " + runtime.GOOS
 
 // BootID names this boot of the system; "" where it cannot be told.
 func BootID() string { return "" }
+
+// SystemImage tells whether the system hotpatches the image of a file itself:
+// only Windows does.
+func SystemImage(string) bool { return false }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"unsafe"
 
 	"golang.org/x/sys/windows"
@@ -21,6 +22,22 @@ func Collect(ctx context.Context, rights func(context.Context) (string, error)) 
 // DeviceID is a stable name of this device: SHA-256 of a prefix of ours and the
 // MachineGuid, as 64 hexadecimal digits.
 func DeviceID() (string, error) { return this.deviceID() }
+
+// SystemImage tells whether Windows hotpatches the image of a file itself on
+// this device. What decides it changes with a restart only.
+func SystemImage(path string) bool {
+	s := system()
+	return s.folder != "" && systemImage(path, s.folder, s.engine)
+}
+
+var system = sync.OnceValue(func() (s struct {
+	folder string
+	engine eligibility.Fact
+}) {
+	s.engine = this.Engine()
+	s.folder, _ = windows.GetSystemWindowsDirectory()
+	return s
+})
 
 var this = device{localMachine{}, calls{}}
 

@@ -387,6 +387,34 @@ func (d device) rights(ctx context.Context, ask func(context.Context) (string, e
 	return f
 }
 
+// systemImage tells whether Windows hotpatches the image of a file itself: one
+// that came with it, on a device whose engine is on or cannot be asked. folder
+// is that of Windows, with its drive; path may name the volume in any way.
+func systemImage(path, folder string, engine eligibility.Fact) bool {
+	if engine.Known && engine.Value == eligibility.Off {
+		return false
+	}
+	return strings.HasPrefix(strings.ToLower(withoutVolume(path)), strings.ToLower(withoutVolume(folder))+`\`)
+}
+
+// withoutVolume takes C:, \??\C:, \\?\C: or \Device\HarddiskVolume3 off a path.
+func withoutVolume(path string) string {
+	path = strings.ReplaceAll(path, "/", `\`)
+	if rest, ok := strings.CutPrefix(strings.ToLower(path), `\device\`); ok {
+		if i := strings.IndexByte(rest, '\\'); i >= 0 {
+			return path[len(path)-len(rest)+i:]
+		}
+		return path
+	}
+	for _, prefix := range []string{`\\?\`, `\??\`, `\\.\`} {
+		path = strings.TrimPrefix(path, prefix)
+	}
+	if len(path) > 1 && path[1] == ':' {
+		path = path[2:]
+	}
+	return strings.TrimSuffix(path, `\`)
+}
+
 // deviceID hashes the machine's own id.
 func (d device) deviceID() (string, error) {
 	text, err := d.reg.Text(keyMachine, "MachineGuid")

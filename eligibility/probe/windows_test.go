@@ -346,3 +346,31 @@ func TestCHPE(t *testing.T) {
 		t.Errorf("%+v", f)
 	}
 }
+
+// TestSystemImage: what came with Windows is left to Windows where it hotpatches.
+func TestSystemImage(t *testing.T) {
+	on, off, open := eligibility.Fact{Known: true, Value: eligibility.On}, eligibility.Fact{Known: true, Value: eligibility.Off}, eligibility.Fact{}
+	for _, c := range []struct {
+		path   string
+		engine eligibility.Fact
+		want   bool
+	}{
+		{`C:\Windows\System32\ntdll.dll`, on, true},
+		{`c:/windows/system32/NTDLL.DLL`, on, true},
+		{`\\?\C:\Windows\WinSxS\x\y.dll`, on, true},
+		{`\??\C:\WINDOWS\System32\x.dll`, on, true},
+		{`\Device\HarddiskVolume3\Windows\System32\ntdll.dll`, on, true},
+		{`C:\Windows\System32\ntdll.dll`, open, true}, // not known is not off
+		{`C:\Windows\System32\ntdll.dll`, off, false},
+		{`C:\Windows.old\System32\ntdll.dll`, on, false},
+		{`C:\Acme\Windows\app.dll`, on, false},
+		{`\Device\HarddiskVolume3\Acme\app.dll`, on, false},
+		{`\Device\HarddiskVolume3`, on, false},
+		{`C:\Windows`, on, false},
+		{``, on, false},
+	} {
+		if got := systemImage(c.path, `C:\Windows`, c.engine); got != c.want {
+			t.Errorf("%q, engine %+v: %t", c.path, c.engine, got)
+		}
+	}
+}
