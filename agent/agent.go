@@ -21,7 +21,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -129,7 +128,7 @@ func New(o Options) (*Agent, error) {
 		o.Now = time.Now
 	}
 	// The store makes the folder, with the protection that it needs.
-	st, damage, err := store.Open(filepath.Join(o.Config.StateDir, "state.db"))
+	st, damage, err := store.Open(o.Config.stateFile())
 	if err != nil {
 		return nil, err
 	}
@@ -196,7 +195,9 @@ func (a *Agent) readState() error {
 	})
 }
 
-// Run works until ctx ends. First of all it brings records and memory together.
+// Run works until ctx ends, or the state breaks: without a journal nothing may
+// be done, and only a new start finds the way. First of all it brings records
+// and memory together.
 func (a *Agent) Run(ctx context.Context) error {
 	defer close(a.done)
 	a.history(own, control.HistoryEntry{Action: "start", Text: "hotpatchd " + a.o.Version + " started"})
@@ -214,6 +215,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	defer timer.Stop()
 	woken, last := false, time.Now()
 	for {
+		if err := a.store.Err(); err != nil {
+			return fmt.Errorf("cannot go on without a journal; what is applied stays: %w", err)
+		}
 		wait := a.nextWake()
 		if woken {
 			wait = min(wait, max(0, a.gap()-time.Since(last)))
@@ -223,12 +227,17 @@ func (a *Agent) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			a.history(own, control.HistoryEntry{Action: "stop", Text: "hotpatchd stopped; what is applied stays"})
 			return nil
+		case <-a.store.Broken():
 		case fn := <-a.calls:
 			fn()
 		case <-a.wake:
 			woken = true
 		case <-timer.C:
 			woken = false
+			// A state that was taken away shows now, not at the next order.
+			if a.store.View(func(*store.Tx) error { return nil }); a.store.Err() != nil {
+				continue
+			}
 			a.pass(ctx, "", nil)
 			last = time.Now()
 		}

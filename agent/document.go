@@ -9,6 +9,7 @@ import (
 	"reflect"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 	"unicode/utf8"
 
@@ -20,6 +21,9 @@ import (
 // 4 KiB; a policy with a thousand rules stays below 100.
 const maxDocument = 1 << 20
 
+// maxRoot bounds root.json, in bytes, as the repository's client does.
+const maxRoot = 512 << 10
+
 // document is a TOML file, read strictly, that remembers where each key stands,
 // so that what is wrong with a value can be shown in the file, whoever finds it.
 type document struct {
@@ -30,9 +34,16 @@ type document struct {
 	managed map[string]string // keys that device management has set → where
 }
 
-// readDocument reads a regular file of bounded length.
-func readDocument(file string) ([]byte, error) {
-	f, err := os.Open(file)
+// readDocument reads a configuration or policy file.
+func readDocument(file string) ([]byte, error) { return readRegular(file, maxDocument) }
+
+// ReadRoot reads a root of trust, root.json.
+func ReadRoot(file string) ([]byte, error) { return readRegular(file, maxRoot) }
+
+// readRegular reads a regular file of at most most bytes. It waits for nobody:
+// whoever puts a pipe in the place of a file must not stop the daemon.
+func readRegular(file string, most int64) ([]byte, error) {
+	f, err := os.OpenFile(file, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -42,12 +53,12 @@ func readDocument(file string) ([]byte, error) {
 	} else if !info.Mode().IsRegular() {
 		return nil, fmt.Errorf("%s is not a regular file", file)
 	}
-	text, err := io.ReadAll(io.LimitReader(f, maxDocument+1))
+	text, err := io.ReadAll(io.LimitReader(f, most+1))
 	if err != nil {
 		return nil, err
 	}
-	if len(text) > maxDocument {
-		return nil, fmt.Errorf("%s is longer than %d bytes", file, maxDocument)
+	if int64(len(text)) > most {
+		return nil, fmt.Errorf("%s is longer than %d bytes", file, most)
 	}
 	return text, nil
 }

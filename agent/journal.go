@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
 
 	"go.uber.org/zap"
@@ -38,8 +39,17 @@ type inForce struct {
 type state interface {
 	View(func(*store.Tx) error) error
 	Update(func(*store.Tx) error) error
+	Broken() <-chan struct{} // closed when it must be opened anew
+	Err() error              // why
 	Close() error
 }
+
+// stateFile is where the state lies.
+func (c *Config) stateFile() string { return filepath.Join(c.StateDir, "state.db") }
+
+// CheckState tells whether the daemon would refuse its state folder, or what
+// lies in it under the state's name. It makes and changes nothing.
+func (c *Config) CheckState() error { return store.Check(c.stateFile()) }
 
 // errState is why nothing is done when the state cannot be written.
 var errState = errors.New("the state cannot be written")

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	"go.uber.org/zap"
@@ -440,7 +441,7 @@ func (a *Agent) failed(in Intent, err error) outcome {
 		o.gone = true
 		return o
 	}
-	t := Try{State: control.Failed, Since: a.o.Now(), Attempts: 1, Remedy: control.RemedyWait, Reason: because("failed", "could not be done; nothing was changed"), Detail: err.Error()}
+	t := Try{State: control.Failed, Since: a.o.Now(), Attempts: 1, Remedy: control.RemedyWait, Reason: because("failed", "could not be done%s; nothing was changed", inBrackets(err)), Detail: err.Error()}
 	if in.Kind != DoNothing {
 		t.Release = in.what()
 	}
@@ -450,7 +451,7 @@ func (a *Agent) failed(in Intent, err error) outcome {
 		t.State, t.Remedy = control.ImageState(r.Reason), control.Remedy(r.Remedy)
 		t.Reason = reason{r.Code, r.Text}
 	case errors.Is(err, errState):
-		t.Reason = because("state", "the state cannot be written: nothing is begun without it")
+		t.Reason = because("state", "the state cannot be written%s: nothing is begun without it", inBrackets(err))
 	case errors.Is(err, target.ErrDenied):
 		t.State, t.Remedy, t.Reason = control.Blocked, control.RemedyPolicy, because("denied", "the system refuses access to the process")
 	case errors.Is(err, target.ErrBusy):
@@ -462,6 +463,19 @@ func (a *Agent) failed(in Intent, err error) outcome {
 		zap.String("state", string(t.State)), zap.String("code", t.Reason.Code), zap.String("text", t.Reason.Text), zap.String("detail", t.Detail))
 	o.try = &t
 	return o
+}
+
+// inBrackets is what the system said, for a person, without the addresses that
+// a whole error may hold; "" where the system is not the cause.
+func inBrackets(err error) string {
+	var errno syscall.Errno
+	switch {
+	case errors.As(err, &errno):
+		return " (" + errno.Error() + ")"
+	case errors.Is(err, context.DeadlineExceeded):
+		return " (it took too long)"
+	}
+	return ""
 }
 
 func (a *Agent) progressOf(o outcome, done, total int) control.Event {

@@ -42,7 +42,7 @@ const retryLoadAfter = time.Minute
 // a start without network knows what is in force.
 func (a *Agent) openRepository() {
 	c := a.o.Config.Repository
-	root, err := os.ReadFile(c.Root)
+	root, err := ReadRoot(c.Root)
 	if err != nil && c.URL != "" {
 		a.repoErr = &control.RepositoryError{Code: repository.CodeConfig, Text: fmt.Sprintf("cannot read the root of trust: %v", err), Since: control.At(a.o.Now())}
 	}
@@ -180,7 +180,7 @@ func unknownFeatures(features []string) []string { return slices.Clone(features)
 // bytesOf takes a release from those that came as files, else from the
 // repository (or its cache). Length and hash are those of verified metadata.
 func (a *Agent) bytesOf(ctx context.Context, o repository.Offer) ([]byte, error) {
-	b, err := os.ReadFile(a.localFile(o.ID))
+	b, err := readRegular(a.localFile(o.ID), release.MaxRelease)
 	if err == nil {
 		sum := sha256.Sum256(b)
 		if hex.EncodeToString(sum[:]) == o.SHA256 {

@@ -312,7 +312,7 @@ func (a *Agent) takeFile(ctx context.Context, c control.Caller, r control.Instal
 	}
 	own := false
 	if err != nil && len(r.Metadata) > 0 {
-		root, rerr := os.ReadFile(a.o.Config.Repository.Root)
+		root, rerr := ReadRoot(a.o.Config.Repository.Root)
 		if rerr != nil {
 			return "", &control.Error{Code: control.CodeConflict, Text: fmt.Sprintf("cannot read the root of trust: %v", rerr)}
 		}

@@ -15,7 +15,10 @@ import (
 // already keeps its rights (it may be anything a configuration names), but is
 // refused if others could swap the file in it.
 func secureFolder(dir string) error {
-	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
+	switch info, err := os.Stat(dir); {
+	case err == nil && !info.IsDir():
+		return fmt.Errorf("cannot make the state folder: %s is not a folder", dir)
+	case errors.Is(err, fs.ErrNotExist):
 		if link, err := os.Readlink(dir); err == nil {
 			return fmt.Errorf("cannot make the state folder: %s is a symbolic link to %s, which is not there", dir, link)
 		}

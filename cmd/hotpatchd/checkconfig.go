@@ -82,7 +82,7 @@ func check(cfg *agent.Config) []finding {
 	c.owned("config", cfg.File)
 	c.policy(cfg)
 	c.repository(cfg)
-	c.state(cfg.StateDir)
+	c.state(cfg)
 	c.control(cfg)
 	c.backend(cfg)
 	return c.found
@@ -143,7 +143,7 @@ func (c *checker) policy(cfg *agent.Config) {
 
 func (c *checker) repository(cfg *agent.Config) {
 	r := cfg.Repository
-	root, err := os.ReadFile(r.Root)
+	root, err := agent.ReadRoot(r.Root)
 	switch {
 	case errors.Is(err, fs.ErrNotExist) && r.URL == "":
 		c.note("repository", "none; and no %s, so that no release can be verified at all", r.Root)
@@ -177,8 +177,12 @@ func (c *checker) repository(cfg *agent.Config) {
 }
 
 // state proves that the state folder can be written, or could be made.
-func (c *checker) state(dir string) {
-	missing := ""
+func (c *checker) state(cfg *agent.Config) {
+	if err := cfg.CheckState(); err != nil {
+		c.wrong("state", "%v", err)
+		return
+	}
+	dir, missing := cfg.StateDir, ""
 	for {
 		info, err := os.Stat(dir)
 		if err == nil && !info.IsDir() {
@@ -187,6 +191,10 @@ func (c *checker) state(dir string) {
 		}
 		if err == nil {
 			break
+		}
+		if _, lerr := os.Lstat(dir); lerr == nil && errors.Is(err, fs.ErrNotExist) {
+			c.wrong("state", "%s is a symbolic link to what is not there", dir)
+			return
 		}
 		if !errors.Is(err, fs.ErrNotExist) || filepath.Dir(dir) == dir {
 			c.wrong("state", "%v", err)

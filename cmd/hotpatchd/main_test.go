@@ -135,7 +135,17 @@ func TestCheckConfig(t *testing.T) {
 			"wrong   policy      FOLDER/policy.toml may be written by others than its owner",
 		}},
 		{"a state folder that is a file", strings.Replace(sim, "URL", "", 1), func(d string) { put(t, d+"/state", "") }, 1, []string{
-			"wrong   state       FOLDER/state is not a folder\n"}},
+			"wrong   state       cannot make the state folder: FOLDER/state is not a folder\n"}},
+		{"a state folder that anybody writes", strings.Replace(sim, "URL", "", 1), func(d string) {
+			os.Mkdir(d+"/state", 0o700)
+			os.Chmod(d+"/state", 0o777)
+		}, 1, []string{"wrong   state       cannot use FOLDER/state as the state folder: others may write to it (mode -rwxrwxrwx)\n"}},
+		{"a state folder that leads nowhere", strings.Replace(sim, "URL", "", 1), func(d string) { os.Symlink(d+"/none", d+"/state") }, 1, []string{
+			"wrong   state       cannot make the state folder: FOLDER/state is a symbolic link to FOLDER/none, which is not there\n"}},
+		{"a state file that is none", strings.Replace(sim, "URL", "", 1), func(d string) { os.MkdirAll(d+"/state/state.db", 0o700) }, 1, []string{
+			"wrong   state       cannot open state: FOLDER/state/state.db is not a regular file\n"}},
+		{"a root of trust that never ends", strings.Replace(sim, "URL", "", 1), func(d string) { put(t, d+"/root.json", ""); os.Truncate(d+"/root.json", 3<<30) }, 1, []string{
+			"wrong   repository  cannot read the root of trust: FOLDER/root.json is longer than 524288 bytes\n"}},
 		{"facts that are none", strings.Replace(sim, "URL", "", 1), func(d string) { put(t, d+"/facts.toml", "x = 1\n") }, 1, []string{
 			"wrong   facts       FOLDER/facts.toml: format is"}},
 		{"a group that is not there", strings.Replace(sim, "URL", "", 1), func(d string) {
