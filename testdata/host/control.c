@@ -308,6 +308,57 @@ static void c_hook(char *arg)
 
 static void c_receiver(char *arg) { say("ok receiver %d %d", start_receiver(), SIGRTMIN); }
 
+/* map FILE SIZE [ADDR]: read-only and private, in place of what is at ADDR. */
+static void c_map(char *arg)
+{
+	char file[4096];
+	uint64_t size = 0, at = 0;
+	int fd;
+	if (sscanf(arg, "%4095s %lx %lx", file, &size, &at) < 2 || (fd = open(file, O_RDONLY | O_CLOEXEC)) < 0) {
+		say("error map: %s", strerror(errno));
+		return;
+	}
+	void *p = mmap((void *)at, size, PROT_READ, MAP_PRIVATE | (at ? MAP_FIXED : 0), fd, 0);
+	close(fd);
+	say(p == MAP_FAILED ? "error map" : "ok map %lx", (unsigned long)p);
+}
+
+static void c_touch(char *arg) { say("ok touch %d", *(volatile uint8_t *)strtoull(arg, NULL, 16)); }
+
+static void c_auxv(char *arg) { say("ok auxv %lx", getauxval(strtoul(arg, NULL, 10))); }
+
+/* What the control thread would not come back from. */
+static void *touches(void *at)
+{
+	return (void *)(long)*(volatile uint8_t *)at;
+}
+
+static void *maps(void *arg)
+{
+	nap(100000);
+	mmap(NULL, 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	return NULL;
+}
+
+static char *executed;
+
+static void *execs(void *arg)
+{
+	char *none[] = {executed, NULL};
+	execv(executed, none);
+	return NULL;
+}
+
+/* beside exec FILE; beside hold ADDR: one thread touches, another one maps a little later. */
+static void c_beside(char *arg)
+{
+	if (!strncmp(arg, "hold ", 5))
+		new_thread(maps, NULL), new_thread(touches, (void *)strtoull(arg + 5, NULL, 16));
+	else if (!strncmp(arg, "exec ", 5))
+		executed = strdup(arg + 5), new_thread(execs, NULL);
+	say("ok");
+}
+
 static void c_waiters(char *arg)
 {
 	char line[480];
@@ -342,6 +393,10 @@ static const struct { const char *name; void (*f)(char *); } commands[] = {
 	{"hook", c_hook},         /* hook NAME */
 	{"receiver", c_receiver}, /* a thread that counts queued signals: "ok receiver TID SIGNAL" */
 	{"waiters", c_waiters},   /* "ok waiters SIGNAL", and NAME TID EINTRS of each thread that waits */
+	{"map", c_map},           /* map FILE SIZE [ADDR]: "ok map ADDR" */
+	{"touch", c_touch},       /* touch ADDR: the byte there */
+	{"beside", c_beside},     /* beside hold ADDR, or exec FILE: by other threads */
+	{"auxv", c_auxv},         /* auxv N: getauxval(N) */
 	{"tid", c_tid},           /* of the control thread */
 	{"quit", c_quit},
 };

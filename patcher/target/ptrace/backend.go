@@ -30,6 +30,7 @@ type backend struct {
 	pids    []int
 	gadgets *gadgetCache
 	nice    int // ours
+	late    *patience
 	cgroups string
 }
 
@@ -39,6 +40,7 @@ type known struct {
 	sum    uint64 // of the mappings that code can come from
 	info   target.Info
 	kernel bool   // a kernel thread: no info
+	late   bool   // a look at its memory did not come back
 	file   int    // its stat file (a kernel thread's comm), -1 if it is not kept open
 	round  uint64 // of List, in which it was last seen
 }
@@ -53,12 +55,14 @@ func New() (target.Backend, error) {
 	if err != nil {
 		priority = 20
 	}
+	late := newPatience()
 	return &backend{
 		cgroups: cgroupRoot(),
 		nice:    20 - priority, // the system call answers 40..1
 		proc:    fd,
 		procs:   map[int]*known{},
-		desc:    describer{users: map[int]string{}, self: os.Getpid(), rights: readRights(), buf: make([]byte, 0, 4096)},
+		late:    late,
+		desc:    describer{late: late, users: map[int]string{}, self: os.Getpid(), rights: readRights(), buf: make([]byte, 0, 4096)},
 		turns:   1,
 		mayKeep: mayKeep(),
 		seed:    maphash.MakeSeed(),

@@ -35,10 +35,9 @@ func (p *process) candidates() ([]candidate, error) {
 	}
 	p.tids = tids
 	var list []candidate
-	line := make([]byte, 0, 256)
 	for _, tid := range tids {
 		path := taskPath(tid)
-		b, err := p.dir.read(path+"syscall", line, 256)
+		b, err := p.read(path+"syscall", 256)
 		if err != nil {
 			continue
 		}

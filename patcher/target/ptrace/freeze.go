@@ -46,6 +46,7 @@ type frozen struct {
 	began  time.Time
 	pause  time.Duration
 	clean  bool // nothing is attached any more
+	left   bool // the tracing thread was left behind
 	err    error
 
 	wake, told event // to the tracing thread, and from it
@@ -66,11 +67,17 @@ func (p *process) Freeze(ctx context.Context) (target.Frozen, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, p.refuse("freeze", 0, target.ErrBusy, "%v", err)
 	}
-	if !p.life.same(p.dir) {
-		p.b.forget(p.life.id.PID)
-		return nil, p.fail("freeze", 0, target.ErrGone)
+	if err := p.admit("freeze"); err != nil {
+		return nil, err
 	}
-	if other := p.sharer(); other != 0 {
+	if err := p.still("freeze"); err != nil {
+		return nil, err
+	}
+	other, err := p.sharer()
+	if err != nil {
+		return nil, err
+	}
+	if other != 0 {
 		return nil, p.refuse("freeze", 0, target.ErrBusy, "%s shares its memory (a vfork that goes on, or a clone)", processName(other))
 	}
 	regions, err := p.Regions()
@@ -88,8 +95,17 @@ func (p *process) Freeze(ctx context.Context) (target.Frozen, error) {
 	}
 	z.caller = unix.Gettid()
 	hurry(z.caller)
-	onThread(func() bool { return z.trace(ctx) })
-	z.told.wait()
+	p.users.Add(1)
+	onThread(func() bool {
+		defer p.release()
+		return z.trace(ctx)
+	})
+	// A thread in the middle of an exec from a file system that does not answer
+	// makes a seize wait as long.
+	if limit := lookLimit + target.FreezePasses*target.FreezeLimit(len(p.tids)); !z.told.within(limit) {
+		z.end(true) // should it come to hold them yet
+		return nil, z.leave("freeze", limit)
+	}
 	if z.err == nil {
 		p.frozen = z
 		return z, nil
@@ -107,6 +123,22 @@ func (z *frozen) open() error {
 		}
 	}
 	return err
+}
+
+// leave leaves the tracing thread behind, which has something to wait for that
+// may not end. What it holds it lets go of when it comes back, or with our end.
+func (z *frozen) leave(op string, waited time.Duration) error {
+	z.p.b.calm(z.caller)
+	z.left = true
+	if z.p.frozen == z {
+		z.p.frozen = nil
+	}
+	go func() {
+		<-z.done
+		z.wake.close()
+		z.told.close()
+	}()
+	return z.p.lateness(op, z.p.b.late.leave(z.p.life.lifetime(), op, waited, z.done))
 }
 
 func (z *frozen) close() {
@@ -347,7 +379,7 @@ func (z *frozen) late() error {
 // waitsIn tells what a thread does that is not stopped.
 func (p *process) waitsIn(tid int) string {
 	what := "running"
-	if b, err := p.dir.read(taskPath(tid)+"syscall", nil, 256); err == nil {
+	if b, err := p.read(taskPath(tid)+"syscall", 256); err == nil {
 		if nr := firstNumber(string(b)); nr >= 0 {
 			what = "waits in " + syscallName(nr)
 		}

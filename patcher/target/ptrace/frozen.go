@@ -3,6 +3,7 @@
 package ptrace
 
 import (
+	"bytes"
 	"strconv"
 	"time"
 
@@ -75,11 +76,18 @@ func (z *frozen) write(b []byte, at target.Addr) (n int, err error) {
 		return n, err
 	}
 	// Through the tracing thread, which lets nobody go before it has done so.
-	z.work = func() { n, err = z.poke(b, at) }
+	var poked struct {
+		n   int
+		err error
+	}
+	own := bytes.Clone(b)
+	z.work = func() { poked.n, poked.err = z.poke(own, at) }
 	z.wake.signal()
 	z.mu.Unlock()
-	z.told.wait()
-	return n, err
+	if !z.told.within(lookLimit) {
+		return 0, z.p.lateness("write", z.p.b.late.leave(z.p.life.lifetime(), "write", lookLimit, z.done))
+	}
+	return poked.n, poked.err
 }
 
 // ranOut is an error if the threads run again.
@@ -93,7 +101,14 @@ func (z *frozen) ranOut(op string, at target.Addr) error {
 // Thaw is quiet about a freeze that had run out: writes made after that failed.
 func (z *frozen) Thaw() error {
 	z.end(false)
-	<-z.done
+	if z.left {
+		return z.p.admit("thaw")
+	}
+	select {
+	case <-z.done:
+	case <-time.After(endLimit):
+		return z.leave("thaw", endLimit)
+	}
 	if z.p.frozen == z {
 		z.p.frozen = nil
 		z.close()

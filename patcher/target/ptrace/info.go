@@ -4,7 +4,6 @@ package ptrace
 
 import (
 	"bytes"
-	"encoding/binary"
 	"fmt"
 	"os"
 	"os/user"
@@ -20,6 +19,7 @@ import (
 // describer turns what /proc shows of a process into an Info. What it keeps is
 // about the machine, never about a process. Not safe for concurrent use.
 type describer struct {
+	late   *patience
 	users  map[int]string
 	self   int
 	rights rights
@@ -61,7 +61,10 @@ func (d *describer) describe(dir procDir, l *life) target.Info {
 	if err == nil {
 		i.Exe = strings.TrimSuffix(exe, " (deleted)")
 		i.Host = filepath.Base(i.Exe)
-		i.Arch, i.Guards = arch(dir, sub, i.Guards)
+		// The file itself is not opened: its file system may not answer.
+		if l.x86 {
+			i.Arch, i.Guards = target.X86, append(i.Guards, target.Guard{Code: target.Guard32Bit, Text: "a 32-bit program"})
+		}
 	} else if err == unix.EACCES || err == unix.EPERM {
 		why := "CAP_SYS_PTRACE is missing"
 		if d.rights.capable {
@@ -75,7 +78,7 @@ func (d *describer) describe(dir procDir, l *life) target.Info {
 	}
 	comm := statusField(status, "Name")
 	if strings.HasPrefix(i.Host, "wine") {
-		i.Image = wineImage(dir, sub)
+		i.Image = d.wineImage(dir, l)
 	}
 	switch {
 	case i.PID == d.self:
@@ -134,34 +137,10 @@ func (d *describer) user(uid int) string {
 	return name
 }
 
-// arch reads the ELF header of the program (elf(5)).
-func arch(dir procDir, sub string, g []target.Guard) (target.Arch, []target.Guard) {
-	fd, err := dir.open(sub+"exe", unix.O_RDONLY)
-	if err != nil {
-		return target.AMD64, g
-	}
-	defer unix.Close(fd)
-	var h [20]byte
-	if n, err := unix.Pread(fd, h[:], 0); err != nil || n != len(h) || string(h[:4]) != "\x7fELF" {
-		return target.AMD64, g
-	}
-	if h[4] == 1 { // ELFCLASS32
-		return target.X86, append(g, target.Guard{Code: target.Guard32Bit, Text: "a 32-bit program"})
-	}
-	switch m := binary.LittleEndian.Uint16(h[18:]); m {
-	case 62: // EM_X86_64
-		return target.AMD64, g
-	case 183: // EM_AARCH64
-		return target.ARM64, append(g, target.Guard{Code: target.GuardEmulated, Text: "an ARM64 program on an amd64 machine"})
-	default:
-		return target.AMD64, append(g, target.Guard{Code: target.GuardEmulated, Text: fmt.Sprintf("a program for ELF machine %d", m)})
-	}
-}
-
 // wineImage is the Windows program of a Wine process: Wine puts its path at the
 // start of the command line.
-func wineImage(dir procDir, sub string) string {
-	b, err := dir.read(sub+"cmdline", nil, cmdlineLimit)
+func (d *describer) wineImage(dir procDir, l *life) string {
+	b, err := d.late.read(l.lifetime(), dir, l.sub+"cmdline", cmdlineLimit)
 	if err != nil {
 		return ""
 	}

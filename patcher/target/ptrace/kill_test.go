@@ -31,6 +31,9 @@ func TestMain(m *testing.M) {
 	if os.Getenv(goVictimEnv) != "" {
 		goVictim()
 	}
+	if s := os.Getenv(fuseEnv); s != "" {
+		serveFuse(s)
+	}
 	if s := os.Getenv(ordinaryEnv); s != "" {
 		ordinaryUser(s)
 	}

@@ -5,6 +5,7 @@ package ptrace
 import (
 	"bytes"
 	"context"
+	"errors"
 	"hash/maphash"
 	"slices"
 	"strconv"
@@ -73,10 +74,13 @@ func (b *backend) refresh(pid int) *known {
 	}
 	k := b.procs[pid]
 	if k != nil && !s.dying() && sameProgram(&k.stat, &s) {
-		if s.vsize == k.stat.vsize && (s.faults == k.stat.faults || !b.turn(pid)) {
+		if s.vsize == k.stat.vsize && !k.late && (s.faults == k.stat.faults || !b.turn(pid)) {
 			return k
 		}
-		if sum, ok := b.sumMaps(name); ok && sum == k.sum {
+		if k.late && b.late.admit(lifetime{pid, s.start}) != nil {
+			return k
+		}
+		if sum, ok := b.sumMaps(lifetime{pid, s.start}, name); ok && sum == k.sum && !k.late {
 			k.stat = s
 			return k
 		}
@@ -86,16 +90,26 @@ func (b *backend) refresh(pid int) *known {
 		return nil
 	}
 	defer dir.close()
-	l, err := readLife(dir, pid, -1)
-	if err != nil || l.stat.vsize == 0 {
+	l, err := b.late.readLife(dir, pid, -1)
+	late := errors.Is(err, target.ErrBusy)
+	if err != nil && !late || l.stat.vsize == 0 {
 		return nil
+	}
+	id := l.id
+	if late && k != nil && sameProgram(&k.stat, &l.stat) {
+		id = k.info.ID // it is known to be the same, and must not seem to be over
 	}
 	if k != nil && l.sub != "" && sameProgram(&k.stat, &l.stat) && k.stat.vsize == l.stat.vsize {
 		return k // with a dead main thread, seen through another one
 	}
 	b.drop(pid)
-	k = &known{stat: l.stat, info: b.desc.describe(dir, &l), file: b.keep(dir, "stat")}
-	k.sum, _ = b.sumMaps(append(name, l.via()...))
+	k = &known{stat: l.stat, info: b.desc.describe(dir, &l), file: b.keep(dir, "stat"), late: late}
+	k.info.ID = id
+	if late {
+		k.info.Guards = append(k.info.Guards, target.Guard{Code: target.GuardProtected, Text: err.Error()})
+	} else {
+		k.sum, _ = b.sumMaps(l.lifetime(), append(name, l.via()...))
+	}
 	k.info.Guards = slices.Clip(k.info.Guards)
 	b.changes++
 	k.info.Change = b.changes
@@ -189,14 +203,14 @@ func (b *backend) drop(pid int) {
 }
 
 // sumMaps digests the lines of a maps file that tell of files or of code.
-func (b *backend) sumMaps(name []byte) (uint64, bool) {
-	fd, e := openat(b.proc, append(name, "/maps\x00"...))
-	if e != 0 {
+func (b *backend) sumMaps(l lifetime, name []byte) (uint64, bool) {
+	var err error
+	file, buf := string(name)+"/maps", b.mapbuf
+	b.mapbuf = nil // it is that call's until it comes back
+	if _, late := b.late.within(l, "read the maps of", func() { buf, err = b.proc.read(file, buf, mapsLimit) }); late != nil {
 		return 0, false
 	}
-	var err error
-	b.mapbuf, err = readAll(fd, b.mapbuf, mapsLimit)
-	unix.Close(fd)
+	b.mapbuf = buf
 	if err != nil || len(b.mapbuf) == 0 {
 		return 0, false
 	}

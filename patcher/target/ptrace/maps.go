@@ -14,8 +14,9 @@ import (
 const maxRegions = 1 << 20
 
 // parseMaps reads /proc/PID/maps (proc_pid_maps(5)) into dst. The file is made
-// while the process runs: a line that overlaps the one before is dropped.
-func parseMaps(b []byte, dst []target.Region) ([]target.Region, bool) {
+// while the process runs: a line that overlaps the one before is dropped. Each
+// region that lies on a file system is told to on, if that is not nil.
+func parseMaps(b []byte, dst []target.Region, on func(r *target.Region, d device)) ([]target.Region, bool) {
 	var last string // most lines repeat the path of the line before
 	for len(b) > 0 {
 		line := b
@@ -42,11 +43,11 @@ func parseMaps(b []byte, dst []target.Region) ([]target.Region, bool) {
 		}
 		r.Shared = line[3] == 's'
 		offset, line, ok1 := hexField(line[5:], ' ')
-		i := bytes.IndexByte(line, ' ') // device
-		if !ok1 || i < 0 {
+		major, line, ok2 := hexField(line, ':')
+		minor, line, ok3 := hexField(line, ' ')
+		if !ok1 || !ok2 || !ok3 {
 			return dst, false
 		}
-		line = line[i+1:]
 		r.Offset = offset
 		for len(line) > 0 && line[0] >= '0' && line[0] <= '9' {
 			r.Inode = r.Inode*10 + uint64(line[0]-'0')
@@ -64,6 +65,9 @@ func parseMaps(b []byte, dst []target.Region) ([]target.Region, bool) {
 			return dst, false
 		}
 		dst = append(dst, r)
+		if on != nil && (major|minor|r.Inode) != 0 {
+			on(&dst[len(dst)-1], makeDevice(major, minor))
+		}
 	}
 	return dst, true
 }

@@ -52,7 +52,7 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
 		{Start: 0x7ffc00100000, End: 0x7ffc00102000, Prot: rx, Kind: target.Special},
 		{Start: 0xffffffffff600000, End: 0xffffffffff601000, Prot: target.Exec, Kind: target.Special},
 	}
-	got, ok := parseMaps([]byte(text), nil)
+	got, ok := parseMaps([]byte(text), nil, nil)
 	if !ok || len(got) != len(want) {
 		t.Fatalf("%d regions, %v", len(got), ok)
 	}
@@ -62,7 +62,7 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
 		}
 	}
 	for _, bad := range []string{"x", "1000-", "1000-2000", "2000-1000 rw-p 0 00:00 0\n", "1000-2000 rw-p", "1000-2000 rw-p 0 00:00"} {
-		if _, ok := parseMaps([]byte(bad), nil); ok {
+		if _, ok := parseMaps([]byte(bad), nil, nil); ok {
 			t.Errorf("%q is understood", bad)
 		}
 	}
@@ -73,7 +73,7 @@ func FuzzParseMaps(f *testing.F) {
 		f.Add(b)
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		r, _ := parseMaps(b, nil)
+		r, _ := parseMaps(b, nil, nil)
 		for i := range r {
 			if r[i].End <= r[i].Start || i > 0 && r[i].Start < r[i-1].End {
 				t.Fatalf("region %d: %+v", i, r[i])

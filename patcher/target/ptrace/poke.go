@@ -3,6 +3,7 @@
 package ptrace
 
 import (
+	"bytes"
 	"encoding/binary"
 
 	"golang.org/x/sys/unix"
@@ -22,15 +23,19 @@ func (z *frozen) poke(b []byte, at target.Addr) (int, error) {
 }
 
 // pokeRunning stops one thread to write through it.
-func (p *process) pokeRunning(b []byte, at target.Addr) (n int, err error) {
-	callErr := p.withThread("write", func(t *held) error {
-		n, err = p.pokeThrough(t.tid, b, at)
-		return nil
-	})
-	if callErr != nil {
-		return 0, callErr
+func (p *process) pokeRunning(b []byte, at target.Addr) (int, error) {
+	var poked struct {
+		n   int
+		err error
 	}
-	return n, err
+	own := bytes.Clone(b)
+	if err := p.withThread("write", func(t *held) error {
+		poked.n, poked.err = p.pokeThrough(t.tid, own, at)
+		return nil
+	}); err != nil {
+		return 0, err // it may still use what it has
+	}
+	return poked.n, poked.err
 }
 
 // pokeThrough writes whole aligned words; those at the ends keep what they had.

@@ -77,7 +77,7 @@ func (b *backend) Probe(ctx context.Context) (string, error) {
 	if !ok {
 		return sentence, fmt.Errorf("%s: %w", sentence, target.ErrDenied)
 	}
-	if err := trial(ctx); err != nil {
+	if err := b.trial(ctx); err != nil {
 		sentence = "tracing a child of ours fails: " + err.Error()
 		if r.seccomp != 0 {
 			sentence += ", and we are under seccomp (mode " + strconv.Itoa(r.seccomp) + ")"
@@ -89,10 +89,10 @@ func (b *backend) Probe(ctx context.Context) (string, error) {
 
 // trial starts ourselves as a traced child, which stands still before its
 // first instruction, lets go of it stopped, and seizes it as a freeze does.
-func trial(ctx context.Context) error {
+func (b *backend) trial(ctx context.Context) error {
 	result := make(chan error, 1)
 	onThread(func() bool {
-		result <- seizeChild()
+		result <- b.seizeChild()
 		return false
 	})
 	limit, cancel := context.WithTimeout(ctx, probeLimit)
@@ -105,7 +105,7 @@ func trial(ctx context.Context) error {
 	}
 }
 
-func seizeChild() error {
+func (b *backend) seizeChild() error {
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
 		return err
@@ -123,11 +123,12 @@ func seizeChild() error {
 		child.Kill()
 		child.Wait()
 	}()
-	p := process{life: life{id: target.ID{PID: child.Pid}}, dir: -1}
+	p := process{b: b, life: life{id: target.ID{PID: child.Pid}}, dir: -1, task: -1, mem: -1, maps: -1}
+	p.users.Store(1)
 	if p.dir, err = openDir(unix.AT_FDCWD, "/proc/"+strconv.Itoa(child.Pid)); err != nil {
 		return err
 	}
-	defer p.dir.close()
+	defer p.release()
 	t := held{tid: child.Pid, attached: true}
 	if _, err := p.awaitStop(&t, probeLimit); err != nil { // the SIGTRAP of its exec
 		return err

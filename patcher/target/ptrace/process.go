@@ -4,8 +4,10 @@ package ptrace
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strconv"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -18,16 +20,22 @@ type process struct {
 	b    *backend
 	life life
 	info target.Info
-	dir  procDir
-	task procDir // the thread folder
-	mem  int
-	maps int
+
+	users  atomic.Int32 // of the descriptors: the handle, and calls that have not come back
+	closed bool
+	dir    procDir
+	task   procDir // the thread folder
+	mem    int
+	maps   int
 
 	readOnly bool // the memory descriptor refuses writes: poke instead
 	ownChild bool // its exit status belongs to whoever of us started it
 	frozen   *frozen
-	buf      []byte // of Regions
-	dirbuf   []byte // of the thread folder
+	far      []farSpan // as of the last Regions
+	mapped   bool      // Regions was read
+	buf      []byte    // of Regions
+	bounce   []byte    // of reads and writes
+	dirbuf   []byte    // of the thread folder
 	tids     []int
 	trampolines
 }
@@ -38,7 +46,9 @@ func (b *backend) Open(ctx context.Context, id target.ID) (target.Process, error
 	}
 	p, err := b.open(id)
 	if err != nil {
-		b.forget(id.PID)
+		if !errors.Is(err, target.ErrBusy) {
+			b.forget(id.PID)
+		}
 		return nil, failed("open", id, 0, err)
 	}
 	return p, nil
@@ -46,9 +56,10 @@ func (b *backend) Open(ctx context.Context, id target.ID) (target.Process, error
 
 func (b *backend) open(id target.ID) (_ *process, err error) {
 	p := &process{b: b, dir: -1, task: -1, mem: -1, maps: -1}
+	p.users.Store(1)
 	defer func() {
 		if err != nil {
-			p.closeFiles()
+			p.release()
 		}
 	}()
 	if p.dir, err = openDir(b.proc, strconv.Itoa(id.PID)); err != nil {
@@ -60,19 +71,20 @@ func (b *backend) open(id target.ID) (_ *process, err error) {
 	if err = p.life.look(p.dir); err != nil {
 		return nil, err
 	}
+	p.life.id = id
 	// Memory first, identity second: whatever life is read now, the
 	// descriptors belong to it or to one that is over.
-	if p.mem, err = p.dir.open(p.life.sub+"mem", unix.O_RDWR); err == unix.EROFS {
+	if p.mem, err = p.open("mem", unix.O_RDWR); err == unix.EROFS {
 		p.readOnly = true
-		p.mem, err = p.dir.open(p.life.sub+"mem", unix.O_RDONLY)
+		p.mem, err = p.open("mem", unix.O_RDONLY)
 	}
 	if err != nil {
 		return nil, err
 	}
-	if p.maps, err = p.dir.open(p.life.sub+"maps", unix.O_RDONLY); err != nil {
+	if p.maps, err = p.open("maps", unix.O_RDONLY); err != nil {
 		return nil, err
 	}
-	if p.life, err = readLife(p.dir, id.PID, p.mem); err != nil {
+	if p.life, err = b.late.readLife(p.dir, id.PID, p.mem); err != nil {
 		return nil, err
 	}
 	if p.life.id != id {
@@ -86,7 +98,9 @@ func (b *backend) open(id target.ID) (_ *process, err error) {
 		p.info.Change = k.info.Change
 	}
 	b.mu.Unlock()
-	if other := p.sharer(); other != 0 {
+	if other, err := p.sharer(); err != nil {
+		return nil, err
+	} else if other != 0 {
 		p.info.Guards = append(p.info.Guards, target.Guard{Code: target.GuardShared,
 			Text: "shares its memory with " + processName(other)})
 	}
@@ -100,17 +114,82 @@ func (p *process) Close() error {
 	if p.frozen != nil {
 		err = p.frozen.Thaw()
 	}
-	p.closeFiles()
+	if !p.closed {
+		p.closed = true
+		p.release()
+	}
 	return err
 }
 
-func (p *process) closeFiles() {
+// release closes the descriptors when nobody uses them any more. Before that
+// their numbers must not become those of other files, to be read or written by
+// a call that was left behind.
+func (p *process) release() {
+	if p.users.Add(-1) != 0 {
+		return
+	}
 	for _, fd := range []*int{(*int)(&p.dir), (*int)(&p.task), &p.mem, &p.maps} {
 		if *fd >= 0 {
 			unix.Close(*fd)
 			*fd = -1
 		}
 	}
+}
+
+// within has patience with a call about the process: see there what f may use.
+func (p *process) within(op string, f func()) error {
+	p.users.Add(1)
+	ran, err := p.b.late.within(p.life.lifetime(), op, func() {
+		f()
+		p.release()
+	})
+	if !ran {
+		p.release()
+	}
+	return p.lateness(op, err)
+}
+
+// admit is an error if nothing about the process is to be tried now: a call that
+// was left behind may still use what belongs to it.
+func (p *process) admit(op string) error {
+	return p.lateness(op, p.b.late.admit(p.life.lifetime()))
+}
+
+func (p *process) lateness(op string, err error) error {
+	if e, ok := err.(*target.Error); ok {
+		e.ID = p.life.id
+		return e
+	}
+	return err
+}
+
+// open opens one of its files that have to do with memory.
+func (p *process) open(name string, flags int) (int, error) {
+	fd, err := -1, error(nil)
+	var mine atomic.Bool // to close, of whoever comes second: the call, or we who left it
+	name = p.life.sub + name
+	if late := p.within("open "+name+" of", func() {
+		fd, err = p.dir.open(name, flags)
+		if mine.Swap(true) && err == nil {
+			unix.Close(fd)
+		}
+	}); late != nil {
+		if mine.Swap(true) && err == nil && fd >= 0 {
+			unix.Close(fd)
+		}
+		return -1, late
+	}
+	return fd, err
+}
+
+// read is procDir.read of a file that has to do with memory.
+func (p *process) read(name string, limit int) ([]byte, error) {
+	var b []byte
+	var err error
+	if late := p.within("read "+name+" of", func() { b, err = p.dir.read(name, nil, limit) }); late != nil {
+		return nil, late
+	}
+	return b, err
 }
 
 // failed gives an error of the system its kind.
@@ -135,109 +214,4 @@ func (p *process) fail(op string, at target.Addr, err error) error {
 // refuse is an error with a sentence.
 func (p *process) refuse(op string, at target.Addr, kind error, format string, args ...any) error {
 	return &target.Error{Op: op, ID: p.life.id, At: at, Note: fmt.Sprintf(format, args...), Err: kind}
-}
-
-func (p *process) ReadAt(b []byte, at target.Addr) (int, error) {
-	n := 0
-	for n < len(b) {
-		k, err := retry(func() (int, error) { return unix.Pread(p.mem, b[n:], int64(at)+int64(n)) })
-		if err == nil && k == 0 {
-			return n, p.fail("read", at+target.Addr(n), target.ErrGone) // an address space that is over reads as empty
-		}
-		if err != nil {
-			return n, p.fail("read", at+target.Addr(n), err)
-		}
-		n += k
-	}
-	return n, nil
-}
-
-func (p *process) WriteAt(b []byte, at target.Addr) (int, error) {
-	if z := p.frozen; z != nil {
-		return z.write(b, at)
-	}
-	n, err := p.writeMem(b, at)
-	if err == nil && n < len(b) {
-		return p.pokeRunning(b, at)
-	}
-	return n, err
-}
-
-// writeMem writes through the descriptor. It notes when the kernel does not let
-// it write what is mapped without the right to write, and then writes nothing
-// and says nothing: a stopped thread is needed.
-func (p *process) writeMem(b []byte, at target.Addr) (int, error) {
-	n := 0
-	for n < len(b) && !p.readOnly {
-		k, err := retry(func() (int, error) { return unix.Pwrite(p.mem, b[n:], int64(at)+int64(n)) })
-		switch {
-		case err == nil && k == 0:
-			return n, p.fail("write", at+target.Addr(n), target.ErrGone)
-		case err == unix.EIO && p.readable(at+target.Addr(n)):
-			p.readOnly = true
-			return 0, nil
-		case err != nil:
-			return n, p.fail("write", at+target.Addr(n), err)
-		}
-		n += k
-	}
-	return n, nil
-}
-
-func (p *process) readable(at target.Addr) bool {
-	var one [1]byte
-	n, err := unix.Pread(p.mem, one[:], int64(at))
-	return n == 1 && err == nil
-}
-
-// Flush has nothing to do: an amd64 processor sees its own and others' stores
-// to code, and every stopped thread comes back through the kernel, which serialises.
-func (p *process) Flush(target.Addr, int) error { return nil }
-
-// Regions reads the maps file of the address space that was opened.
-func (p *process) Regions() ([]target.Region, error) {
-	if p.maps >= 0 {
-		if b, err := p.readMaps(); err == nil && len(b) > 0 {
-			p.buf = b
-			r, ok := parseMaps(b, make([]target.Region, 0, 1+len(b)/90))
-			if !ok {
-				return nil, p.refuse("list regions of", 0, target.ErrUnsupported, "line %d of its maps file is not understood", len(r)+1)
-			}
-			return r, nil
-		}
-	}
-	return nil, p.fail("list regions of", 0, target.ErrGone)
-}
-
-// mapsLimit bounds the maps file: 65530 mappings, as many as a process may have
-// by default, with paths of 200 bytes.
-const mapsLimit = 16 << 20
-
-// readMaps reads from the start. The file belongs to the address space but
-// looks it up by the thread it was opened on: if that one has ended, through
-// another one that lives.
-func (p *process) readMaps() ([]byte, error) {
-	if _, err := unix.Seek(p.maps, 0, 0); err != nil {
-		return nil, err
-	}
-	b, err := readAll(p.maps, p.buf, mapsLimit)
-	if err == nil && len(b) > 0 {
-		return b, nil
-	}
-	fd := -1
-	now, err := readLife(p.dir, p.life.id.PID, p.mem)
-	if err != nil || now.id != p.life.id {
-		return nil, unix.ESRCH
-	}
-	if fd, err = p.dir.open(now.sub+"maps", unix.O_RDONLY); err != nil {
-		return nil, err
-	}
-	// Opened first, checked after: it may be that of a program that came between.
-	if again, err := readLife(p.dir, p.life.id.PID, p.mem); err != nil || again.id != p.life.id {
-		unix.Close(fd)
-		return nil, unix.ESRCH
-	}
-	unix.Close(p.maps)
-	p.maps, p.life.sub = fd, now.sub
-	return readAll(p.maps, p.buf, mapsLimit)
 }

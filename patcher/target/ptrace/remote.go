@@ -5,6 +5,7 @@ package ptrace
 import (
 	"bytes"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -26,6 +27,9 @@ const (
 	callPause  = 2 * time.Millisecond
 	// searchLimit bounds that search, however long each stop takes.
 	searchLimit = time.Second
+	// oneLimit bounds everything we do with one stopped thread: a call has two
+	// stops. Attaching waits for the end of an exec, which may not come.
+	oneLimit = lookLimit + 2*callLimit
 	// maxCandidates bounds the threads tried in one round.
 	maxCandidates = 16
 )
@@ -56,13 +60,17 @@ func (p *process) withThread(op string, f func(t *held) error) error {
 // ends if the other one cannot be let go of otherwise. An unfit error means
 // that another thread may do.
 func (p *process) stopOne(op string, tid int, f func(t *held) error) error {
-	result := make(chan error, 1)
+	result, done := make(chan error, 1), make(chan struct{})
 	tracer, clean := 0, true
+	var left atomic.Bool
+	p.users.Add(1)
 	onThread(func() bool {
+		defer p.release()
+		defer close(done)
 		tracer = unix.Gettid()
 		t := held{tid: tid}
 		err := p.attach(op, &t)
-		if err == nil {
+		if err == nil && !left.Load() {
 			err = f(&t)
 		}
 		if t.state == stopped && detach(tid, t.signal) == 0 {
@@ -72,7 +80,15 @@ func (p *process) stopOne(op string, tid int, f func(t *held) error) error {
 		result <- err
 		return clean
 	})
-	err := <-result
+	limit := time.NewTimer(oneLimit)
+	defer limit.Stop()
+	var err error
+	select {
+	case err = <-result:
+	case <-limit.C:
+		left.Store(true)
+		return p.lateness(op, p.b.late.leave(p.life.lifetime(), op, oneLimit, done))
+	}
 	if !clean && !awaitEnd(tracer) {
 		return p.refuse(op, 0, target.ErrBusy, "the tracing thread %d does not end", tracer)
 	}
@@ -138,9 +154,11 @@ func (p *process) call(op string, at target.Addr, nr int, args ...uint64) (int64
 	if p.frozen != nil {
 		return 0, p.refuse(op, at, target.ErrBusy, "no system call may be made in it while it is frozen")
 	}
-	if !p.life.same(p.dir) {
-		p.b.forget(p.life.id.PID)
-		return 0, p.fail(op, at, target.ErrGone)
+	if err := p.admit(op); err != nil {
+		return 0, err
+	}
+	if err := p.still(op); err != nil {
+		return 0, err
 	}
 	regions, err := p.Regions()
 	if err != nil {
@@ -149,8 +167,8 @@ func (p *process) call(op string, at target.Addr, nr int, args ...uint64) (int64
 	p.trampolines.find(p, regions)
 	syscallAt, sigreturnAt, err := p.trampolines.pair(p)
 	if err != nil {
-		if !p.life.same(p.dir) {
-			return 0, p.fail(op, at, target.ErrGone)
+		if err := p.still(op); err != nil {
+			return 0, err
 		}
 		return 0, p.refuse(op, at, target.ErrUnsupported, "%v", err)
 	}
@@ -171,11 +189,14 @@ func (p *process) call(op string, at target.Addr, nr int, args ...uint64) (int64
 			var result int64
 			why = p.stopOne(op, c.tid, func(t *held) (err error) {
 				m := injection{p: p, op: op, at: at, regions: regions, syscall: syscallAt, sigreturn: sigreturnAt, known: c}
-				result, err = m.run(t, nr, args)
+				result, err = m.run(t, nr, args) // read only if it came back
 				return err
 			})
+			if why == nil {
+				return result, nil
+			}
 			if _, next := why.(unfit); !next {
-				return result, why
+				return 0, why
 			}
 		}
 		time.Sleep(callPause)

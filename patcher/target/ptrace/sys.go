@@ -71,13 +71,16 @@ func setSigmask(tid int, mask uint64) unix.Errno {
 
 // peek reads one word of a stopped thread's address space as it is now, unlike
 // the memory descriptor, which stays with the address space it was opened on.
+// It and poke may wait for a page, without end: the Go scheduler is told, and
+// nobody waits for their thread without a limit.
 func peek(tid int, at uint64) (word uint64, e unix.Errno) {
-	_, _, e = unix.RawSyscall6(unix.SYS_PTRACE, unix.PTRACE_PEEKDATA, uintptr(tid), uintptr(at), uintptr(unsafe.Pointer(&word)), 0, 0)
+	_, _, e = unix.Syscall6(unix.SYS_PTRACE, unix.PTRACE_PEEKDATA, uintptr(tid), uintptr(at), uintptr(unsafe.Pointer(&word)), 0, 0)
 	return word, e
 }
 
 func poke(tid int, at, word uint64) unix.Errno {
-	return request(unix.PTRACE_POKEDATA, tid, uintptr(at), uintptr(word))
+	_, _, e := unix.Syscall6(unix.SYS_PTRACE, unix.PTRACE_POKEDATA, uintptr(tid), uintptr(at), uintptr(word), 0, 0)
+	return e
 }
 
 // childInfo is the part of siginfo_t that waitid fills for a child (amd64).

@@ -114,6 +114,25 @@ func (e *event) signal() {
 	unix.Write(e.fd, []byte{1, 0, 0, 0, 0, 0, 0, 0})
 }
 
+// within waits for one or more signals, and is false if none came in time.
+func (e *event) within(limit time.Duration) bool {
+	deadline := time.Now().Add(limit)
+	fds := []unix.PollFd{{Fd: int32(e.fd), Events: unix.POLLIN}}
+	for {
+		left := unix.NsecToTimespec(max(0, int64(time.Until(deadline))))
+		switch n, err := unix.Ppoll(fds, &left, nil); {
+		case n > 0:
+			e.wait()
+			return true
+		case err == nil:
+			return false
+		case err != unix.EINTR:
+			e.wait()
+			return true
+		}
+	}
+}
+
 // wait returns after one or more signals.
 func (e *event) wait() {
 	var b [8]byte

@@ -44,6 +44,8 @@ type Options struct {
 	AltStack bool // a thread that stands on its signal stack, interrupted inside the image
 
 	Static bool // link the host statically
+	// Env is its environment besides ours.
+	Env []string
 	// Credential runs it as somebody else; nil: as the test.
 	Credential *syscall.Credential
 }
@@ -164,6 +166,7 @@ func Launch(t testing.TB, o Options) (*Host, error) {
 	h := &Host{t: t, cmd: exec.Command(path, args...), shared: b}
 	// Nothing unmaps the block: whoever asks late, in a cleanup, still gets an answer.
 	h.cmd.SysProcAttr = &syscall.SysProcAttr{Credential: o.Credential}
+	h.cmd.Env = append(os.Environ(), o.Env...)
 	return h, h.start()
 }
 
