@@ -17,6 +17,8 @@ static volatile function called;
 static int allowed[16], allows;
 static volatile LONG64 calls, wrong, faults, sleeps, waits;
 static HANDLE bell; /* auto-reset, rung every 50 ms */
+static volatile LONG64 work[256], seen[256]; /* of each thread; what was told last */
+static int threads;
 
 static int call(void)
 {
@@ -33,6 +35,7 @@ static DWORD WINAPI __attribute__((noreturn)) spin(void *arg)
 {
 	for (unsigned i = 1;; i++) {
 		call();
+		++*(volatile LONG64 *)arg;
 		if (i % 4096 == 0)
 			Sleep(0); /* test machines have two processors */
 	}
@@ -57,6 +60,7 @@ static DWORD WINAPI __attribute__((noreturn)) sleeper(void *arg)
 		if (now() - from < 45)
 			InterlockedIncrement64(&faults);
 		InterlockedIncrement64(&sleeps);
+		++*(volatile LONG64 *)arg;
 		call();
 	}
 }
@@ -67,6 +71,7 @@ static DWORD WINAPI __attribute__((noreturn)) blocked(void *arg)
 		if (WaitForSingleObject(bell, 60000) != WAIT_OBJECT_0)
 			InterlockedIncrement64(&faults);
 		InterlockedIncrement64(&waits);
+		++*(volatile LONG64 *)arg;
 		call();
 	}
 }
@@ -76,12 +81,13 @@ static DWORD WINAPI __attribute__((noreturn)) ringer(void *arg)
 	for (;;) {
 		Sleep(50);
 		SetEvent(bell);
+		++*(volatile LONG64 *)arg;
 	}
 }
 
 static void start(LPTHREAD_START_ROUTINE f)
 {
-	HANDLE h = CreateThread(NULL, 1 << 20, f, NULL, 0, NULL);
+	HANDLE h = threads < 256 ? CreateThread(NULL, 1 << 20, f, (void *)&work[threads++], 0, NULL) : NULL;
 	if (!h) {
 		printf("error CreateThread %lu\n", GetLastError());
 		exit(1);
@@ -122,8 +128,13 @@ int main(int argc, char **argv)
 			function f = (function)(void *)GetProcAddress(module, name);
 			f ? printf("%d\n", f(x)) : printf("error GetProcAddress %lu\n", GetLastError());
 		} else if (!strncmp(line, "state", 5)) {
-			int v = call();
-			printf("%d calls %lld wrong %lld faults %lld sleeps %lld waits %lld\n", v, calls, wrong, faults, sleeps, waits);
+			int v = call(), idle = 0; /* threads that did nothing since the last time */
+			for (int i = 0; i < threads; i++) {
+				LONG64 n = work[i];
+				idle += n == seen[i];
+				seen[i] = n;
+			}
+			printf("%d calls %lld wrong %lld faults %lld sleeps %lld waits %lld idle %d of %d\n", v, calls, wrong, faults, sleeps, waits, idle, threads);
 		} else if (sscanf(line, "load %511s", name) == 1) {
 			HMODULE h = LoadLibraryA(name); /* late, by hand */
 			printf(h ? "%p\n" : "error LoadLibrary %p\n", (void *)h);
