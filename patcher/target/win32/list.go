@@ -7,6 +7,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"hash/maphash"
+	"slices"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/windows"
@@ -18,6 +20,13 @@ import (
 // faults, have their mappings compared in one List. The others come later.
 const faultChecks = 32
 
+// A process about which the system does not answer is asked about again after
+// silentFirst, then after twice as long each time, up to silentLast.
+const (
+	silentFirst = time.Minute
+	silentLast  = 30 * time.Minute
+)
+
 // snapshotLimit bounds the system's answer on all processes and threads, bytes:
 // a million threads.
 const snapshotLimit = 128 << 20
@@ -28,7 +37,9 @@ type known struct {
 	faults  uint32
 	sum     uint64 // of the mappings that code can come from
 	info    target.Info
-	round   uint64 // of List, in which it was last seen
+	round   uint64        // of List, in which it was last seen
+	ask     time.Time     // silent: when it is asked about again
+	pause   time.Duration // before that
 }
 
 // entry is one process of a snapshot.
@@ -80,7 +91,10 @@ func (b *backend) refresh(e entry) *known {
 		b.over(k.info.ID)
 		k = nil
 	}
-	if k != nil && k.virtual == e.virtual && (k.faults == e.faults || !b.turn(e.id.PID)) {
+	if k != nil && time.Now().Before(k.ask) {
+		return k
+	}
+	if k != nil && k.ask.IsZero() && k.virtual == e.virtual && (k.faults == e.faults || !b.turn(e.id.PID)) {
 		return k
 	}
 	h, err := b.kernel.process(e.id.PID, windows.PROCESS_QUERY_INFORMATION|windows.SYNCHRONIZE)
@@ -95,13 +109,35 @@ func (b *backend) refresh(e entry) *known {
 	} else if !errors.Is(err, windows.ERROR_ACCESS_DENIED) {
 		return nil // gone meanwhile
 	}
-	sum := sumCode(h)
-	if k != nil && sum == k.sum {
+	sum, err := sumCode(h)
+	if errors.Is(err, errSilent) {
+		return b.silent(e, k)
+	}
+	if k != nil && k.ask.IsZero() && sum == k.sum {
 		k.virtual, k.faults = e.virtual, e.faults
 		return k
 	}
 	b.changes++
 	k = &known{virtual: e.virtual, faults: e.faults, sum: sum, info: b.desc.describe(h, e)}
+	k.info.Change = b.changes
+	b.procs[e.id.PID] = k
+	return k
+}
+
+// silent notes a process about whose memory the system does not answer: it is
+// listed with that reason, and asked about again later and later, since each
+// question may cost a thread of ours and the wait for it.
+func (b *backend) silent(e entry, was *known) *known {
+	k := &known{virtual: e.virtual, faults: e.faults, info: target.Info{ID: e.id, UID: -1, Host: e.name, Image: e.name, Arch: nativeArch}}
+	if was != nil {
+		*k = *was
+	}
+	k.pause = min(max(silentFirst, 2*k.pause), silentLast)
+	k.ask = time.Now().Add(k.pause)
+	text := "the system does not answer about the memory of " + e.name
+	k.info.Guards = append(slices.DeleteFunc(slices.Clone(k.info.Guards), func(g target.Guard) bool { return g.Text == text }),
+		target.Guard{Code: target.GuardKernel, Text: text})
+	b.changes++
 	k.info.Change = b.changes
 	b.procs[e.id.PID] = k
 	return k
@@ -124,7 +160,7 @@ func started(h windows.Handle) (uint64, error) {
 
 // sumCode digests the mappings that code can come from, images and executable
 // memory; 0 if we may not ask.
-func sumCode(h windows.Handle) uint64 {
+func sumCode(h windows.Handle) (uint64, error) {
 	var m maphash.Hash
 	m.SetSeed(seed)
 	found := false
@@ -140,9 +176,9 @@ func sumCode(h windows.Handle) uint64 {
 		return true
 	})
 	if err != nil || !found {
-		return 0
+		return 0, err
 	}
-	return m.Sum64()
+	return m.Sum64(), nil
 }
 
 // find is the entry of one life, with its threads.

@@ -3,7 +3,10 @@
 package win32
 
 import (
+	"fmt"
 	"strings"
+	"sync/atomic"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/windows"
@@ -23,11 +26,47 @@ const (
 	sharedUserData = 0x7ffe0000
 )
 
+// silence is how long one question about a process's memory may go without an
+// answer. The system may need a lock of the process for it, which a page fault
+// on a dead network holds; or, as Wine does, a thread of the process. It takes
+// microseconds, milliseconds on a loaded machine.
+const silence = 5 * time.Second
+
+// errSilent: the system did not answer. The thread of ours that asked stays
+// with the question, and what it was asked for must not be looked at any more.
+var errSilent = fmt.Errorf("the system has not answered within %v: %w", silence, target.ErrBusy)
+
+// virtualQuery is one question; tests have it never answered.
+var virtualQuery = windows.VirtualQueryEx
+
 // walk calls f with each run of equal pages from at on, until end or f says no.
+// It calls it from another goroutine, and may go on to after errSilent.
 func walk(h windows.Handle, at, end target.Addr, f func(*windows.MemoryBasicInformation) bool) error {
+	var asked atomic.Uint64
+	done := make(chan error, 1)
+	go func() { done <- walkOn(h, at, end, f, &asked) }()
+	t := time.NewTimer(silence)
+	defer t.Stop()
+	for last := uint64(0); ; {
+		select {
+		case err := <-done:
+			return err
+		case <-t.C:
+			n := asked.Load()
+			if n == last {
+				return errSilent
+			}
+			last = n
+			t.Reset(silence)
+		}
+	}
+}
+
+func walkOn(h windows.Handle, at, end target.Addr, f func(*windows.MemoryBasicInformation) bool, asked *atomic.Uint64) error {
 	for range maxRegions {
 		var i windows.MemoryBasicInformation
-		if err := windows.VirtualQueryEx(h, uintptr(at), &i, unsafe.Sizeof(i)); err != nil {
+		asked.Add(1)
+		if err := virtualQuery(h, uintptr(at), &i, unsafe.Sizeof(i)); err != nil {
 			if err == windows.ERROR_INVALID_PARAMETER && at > 0 {
 				return nil // beyond what programs may address
 			}
