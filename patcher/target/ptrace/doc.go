@@ -13,6 +13,17 @@
 // into sigreturn and goes on. Nothing here ever uses PTRACE_SINGLESTEP,
 // PTRACE_O_EXITKILL, or a remote call while threads are frozen.
 //
+// # What a program can do to us
+//
+// Whoever reads the memory of a process takes its page faults, and its locks. A
+// file mapped from a file system with a server of the user's own (FUSE) makes
+// that wait without end, and in a way that SIGKILL does not end either. So pages of
+// file systems that are not this machine's own are read only if they are there
+// (far.go), no file of a process is opened, and every call that could wait is made
+// where it can be left behind (patience.go): the answer is ErrBusy then, and the
+// process is left alone until the call comes back. A RawSyscall must never be used
+// for what could wait: it would keep all of us from going on.
+//
 // # What a stop does to a program
 //
 // Interrupted system calls are made again by the kernel and a program notices

@@ -95,14 +95,15 @@ func (p *process) Freeze(ctx context.Context) (target.Frozen, error) {
 	}
 	z.caller = unix.Gettid()
 	hurry(z.caller)
+	// A thread in the middle of an exec from a file system that does not answer
+	// makes a seize wait as long.
+	limit := lookLimit + target.FreezePasses*target.FreezeLimit(len(p.tids))
 	p.users.Add(1)
 	onThread(func() bool {
 		defer p.release()
 		return z.trace(ctx)
 	})
-	// A thread in the middle of an exec from a file system that does not answer
-	// makes a seize wait as long.
-	if limit := lookLimit + target.FreezePasses*target.FreezeLimit(len(p.tids)); !z.told.within(limit) {
+	if !z.told.within(limit) {
 		z.end(true) // should it come to hold them yet
 		return nil, z.leave("freeze", limit)
 	}
