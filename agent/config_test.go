@@ -36,6 +36,9 @@ func TestConfigMistakes(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			if runtime.GOOS == "windows" && filepath.Base(file) == "socket-long.toml" {
+				t.Skip("needs slash paths: the length is that of an absolute one")
+			}
 			_, err = parseFor("linux", "config.toml", strings.ReplaceAll(string(text), "\r\n", "\n"))
 			if err == nil {
 				t.Fatal("accepted")
@@ -58,6 +61,9 @@ func TestConfigMistakes(t *testing.T) {
 }
 
 func TestConfigDefaults(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("needs slash paths; TestConfigOnWindows covers what differs")
+	}
 	c, err := parseFor("linux", "/etc/hotpatchd/config.toml", "format = \"hotpatchd-config/1\"\n")
 	if err != nil {
 		t.Fatal(err)

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -113,8 +114,12 @@ func TestEveryConfigKeyCanBeManaged(t *testing.T) {
 			t.Fatalf("%s is a %s", key, field.Kind())
 		}
 	}
+	socket, at := "x.sock", filepath.Join(filepath.Dir(file), "x.sock")
+	if runtime.GOOS == "windows" {
+		socket, at = `\\.\pipe\x`, `\\.\pipe\x`
+	}
 	for key, v := range map[string]string{
-		"control.socket": "x.sock", "repository.url": "https://new.example.com", "repository.check_every": "1h", "repository.proxy": "",
+		"control.socket": socket, "repository.url": "https://new.example.com", "repository.check_every": "1h", "repository.proxy": "",
 		"backend.name": "sim", "backend.scan_every": "3s", "eligibility.profile": "windows-client", "metrics.listen": "127.0.0.1:9",
 	} {
 		values[key] = asText(strings.ToUpper(key), v) // names in the registry have no case
@@ -128,7 +133,7 @@ func TestEveryConfigKeyCanBeManaged(t *testing.T) {
 		t.Fatal(err)
 	}
 	in := func(name string) string { return filepath.Join(filepath.Dir(file), name) }
-	want := &Config{File: file, StateDir: in("x"), Control: ControlConfig{in("x.sock"), "x"},
+	want := &Config{File: file, StateDir: in("x"), Control: ControlConfig{at, "x"},
 		Repository: RepositoryConfig{URL: "https://new.example.com", Root: in("x"), CheckEvery: time.Hour, CAFile: in("x"), ClientCert: in("x"), Products: []Glob{"x*"}, Images: []Glob{"x*"}},
 		Backend:    BackendConfig{"sim", in("x"), 3 * time.Second}, Eligibility: EligibilityConfig{"windows-client", in("x")},
 		Policy: PolicyConfig{in("x")}, Metrics: MetricsConfig{"127.0.0.1:9", in("x")}}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"runtime"
 	"reflect"
 	"strings"
 	"testing"
@@ -389,7 +390,11 @@ func TestWatchPolicySurvivesItsFolder(t *testing.T) {
 	}
 	awaitCall(t, calls, "the folder went")
 	drainCalls(calls)
-	if err := os.Mkdir(folder, 0o700); err != nil {
+	err := os.Mkdir(folder, 0o700)
+	if err != nil && runtime.GOOS == "windows" {
+		t.Skip("needs a folder whose name is free again although we have it open, as on Windows, not on Wine: ", err)
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
 	writePolicy(t, path, "3")
@@ -410,6 +415,9 @@ func TestWatchPolicyPolls(t *testing.T) {
 	writePolicy(t, data, "1")
 	if err := os.Symlink(data, path); err != nil {
 		t.Skip("needs symbolic links: ", err)
+	}
+	if _, err := os.Readlink(path); err != nil {
+		t.Skip("needs symbolic links: one was made, but is not there ", err) // Wine
 	}
 	calls := watchedPolicy(t, path, 20*time.Millisecond)
 	replacePolicy(t, data, "22")

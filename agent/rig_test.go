@@ -8,7 +8,9 @@ import (
 	"os"
 	"os/user"
 	"path/filepath"
+	"runtime"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -107,7 +109,10 @@ func newRig(t *testing.T, scene *sim.Scene) *rig {
 	r.cfg = DefaultConfig()
 	r.cfg.StateDir, r.cfg.Policy.File = r.path("state"), r.path("policy.toml")
 	r.cfg.Control.Socket, r.cfg.Control.Group = r.path("s"), ""
-	r.cfg.Repository.URL, r.cfg.Repository.Root = "file://"+filepath.ToSlash(r.path("repo")), r.path("root.json")
+	if runtime.GOOS == "windows" {
+		r.cfg.Control.Socket = `\\.\pipe\` + filepath.Base(dir)
+	}
+	r.cfg.Repository.URL, r.cfg.Repository.Root = "file:///"+strings.TrimPrefix(filepath.ToSlash(r.path("repo")), "/"), r.path("root.json")
 	r.cfg.Repository.CheckEvery = time.Hour
 	r.cfg.Backend.Name, r.cfg.Backend.ScanEvery = "sim", 50*time.Millisecond
 	if os.Getuid() != 0 { // root may change things; anyone else by a group

@@ -327,7 +327,7 @@ func TestRevokedKeyWithHiddenRoot(t *testing.T) {
 			shipped := f.root()
 			dir := t.TempDir()
 			client := func(floors Floors) *Client {
-				c, err := New(Config{URL: "file://" + f.dir, Dir: dir, InitialRoot: shipped, Floors: floors, Now: func() time.Time { return f.now }})
+				c, err := New(Config{URL: folderURL(f.dir), Dir: dir, InitialRoot: shipped, Floors: floors, Now: func() time.Time { return f.now }})
 				if err != nil {
 					t.Fatal(err)
 				}

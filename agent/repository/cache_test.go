@@ -46,7 +46,7 @@ func TestDamagedCache(t *testing.T) {
 					t.Fatal(err)
 				}
 				var notices []string
-				c, err := New(Config{URL: "file://" + f.dir, Dir: dir, InitialRoot: f.root(), Floors: floors,
+				c, err := New(Config{URL: folderURL(f.dir), Dir: dir, InitialRoot: f.root(), Floors: floors,
 					Now: func() time.Time { return f.now }, Notice: func(s string) { notices = append(notices, s) }})
 				if err != nil {
 					t.Fatal(err)
@@ -140,7 +140,7 @@ func TestRootOfAnotherRepository(t *testing.T) {
 	f, other := newFixture(t), newFixture(t)
 	dir := t.TempDir()
 	mustRefresh(t, f.clientIn("", dir, Floors{}))
-	_, err := New(Config{URL: "file://" + other.dir, Dir: dir, InitialRoot: other.root()})
+	_, err := New(Config{URL: folderURL(other.dir), Dir: dir, InitialRoot: other.root()})
 	if CodeOf(err) != CodeConfig || !strings.Contains(err.Error(), "not the one") {
 		t.Errorf("%v", err)
 	}

@@ -15,6 +15,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -125,7 +126,7 @@ func (f *fixture) client(url string) *Client {
 func (f *fixture) clientIn(url, dir string, floors Floors) *Client {
 	f.t.Helper()
 	if url == "" {
-		url = "file://" + filepath.ToSlash(f.dir)
+		url = folderURL(f.dir)
 	}
 	c, err := New(Config{URL: url, Dir: dir, InitialRoot: f.root(), Floors: floors, Now: func() time.Time { return f.now }})
 	if err != nil {
@@ -296,4 +297,9 @@ func writeKeys(t testing.TB, dir string, keys Keys) {
 			t.Fatal(err)
 		}
 	}
+}
+
+// folderURL is a folder as a configuration names it: file:///C:/… on Windows.
+func folderURL(dir string) string {
+	return "file:///" + strings.TrimPrefix(filepath.ToSlash(dir), "/")
 }
