@@ -126,22 +126,6 @@ func (z *frozen) open() error {
 	return err
 }
 
-// leave leaves the tracing thread behind, which has something to wait for that
-// may not end. What it holds it lets go of when it comes back, or with our end.
-func (z *frozen) leave(op string, waited time.Duration) error {
-	z.p.b.calm(z.caller)
-	z.left = true
-	if z.p.frozen == z {
-		z.p.frozen = nil
-	}
-	go func() {
-		<-z.done
-		z.wake.close()
-		z.told.close()
-	}()
-	return z.p.lateness(op, z.p.b.late.leave(z.p.life.lifetime(), op, waited, z.done))
-}
-
 func (z *frozen) close() {
 	z.p.b.calm(z.caller)
 	z.wake.close()

@@ -116,6 +116,22 @@ func (z *frozen) Thaw() error {
 	return z.ended(nil)
 }
 
+// leave leaves the tracing thread behind, which has something to wait for that
+// may not end. What it holds it lets go of when it comes back, or with our end.
+func (z *frozen) leave(op string, waited time.Duration) error {
+	z.p.b.calm(z.caller)
+	z.left = true
+	if z.p.frozen == z {
+		z.p.frozen = nil
+	}
+	go func() {
+		<-z.done
+		z.wake.close()
+		z.told.close()
+	}()
+	return z.p.lateness(op, z.p.b.late.leave(z.p.life.lifetime(), op, waited, z.done))
+}
+
 // Pause is the time from the first seize to the last detach.
 func (z *frozen) Pause() time.Duration {
 	select {
