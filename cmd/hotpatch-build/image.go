@@ -5,10 +5,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -175,16 +177,42 @@ func sameFile(a, b string) bool {
 	return errA == nil && errB == nil && os.SameFile(x, y)
 }
 
-// readInput reads a whole file of bounded size.
-func readInput(name string) ([]byte, error) {
-	info, err := os.Stat(name)
+// openInput opens a regular file of bounded size. What has no end, or waits for
+// somebody at the other end, is refused by name.
+func openInput(name string) (*os.File, error) {
+	f, err := os.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
 	}
-	if info.Size() > maxInput {
-		return nil, fmt.Errorf("%s has %d bytes, more than %d", name, info.Size(), int64(maxInput))
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("%s is not a regular file", name)
 	}
-	return os.ReadFile(name)
+	if err == nil && info.Size() > maxInput {
+		err = fmt.Errorf("%s has %d bytes, more than %d", name, info.Size(), int64(maxInput))
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// readInput reads a whole file of bounded size.
+func readInput(name string) ([]byte, error) {
+	f, err := openInput(name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxInput+1))
+	if err != nil {
+		return nil, err
+	}
+	if int64(len(b)) > maxInput {
+		return nil, fmt.Errorf("%s has more than %d bytes", name, int64(maxInput))
+	}
+	return b, nil
 }
 
 // writeOutput replaces a file by way of a temporary one beside it, so that

@@ -3,10 +3,15 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"hotpatchd/agent/release"
 )
@@ -95,6 +100,10 @@ func TestReleaseToRepository(t *testing.T) {
 
 func TestExitCodes(t *testing.T) {
 	empty := t.TempDir()
+	huge := filepath.Join(t.TempDir(), "huge")
+	if err := errors.Join(os.WriteFile(huge, nil, 0o600), os.Truncate(huge, 1<<40)); err != nil {
+		t.Skip("needs a file system with sparse files: ", err)
+	}
 	for _, c := range []struct {
 		args string
 		code int
@@ -115,6 +124,9 @@ func TestExitCodes(t *testing.T) {
 		{"refresh --bogus", 2, "unknown flag"},
 		{"release", 2, `"manifest" not set`},
 		{"release --manifest none.toml", 1, "cannot read manifest"},
+		{"inspect " + huge, 1, huge + " has 1099511627776 bytes, more than "},
+		{"inspect " + empty, 1, empty + " is not a regular file"},
+		{"release --manifest " + huge, 1, "cannot read manifest: " + huge + " has"},
 		{"rollout ACME-1 --percent 5", 1, "rollout is not available yet: nothing was changed"},
 	} {
 		code, stdout, stderr := command(strings.Fields(c.args)...)
@@ -123,6 +135,55 @@ func TestExitCodes(t *testing.T) {
 		}
 		if code != 0 && (stdout != "" || !strings.HasPrefix(stderr, "hotpatch-build: ") || strings.Count(stderr, "\n") > 2) {
 			t.Errorf("%s: not one line and a hint: %q %q", c.args, stdout, stderr)
+		}
+	}
+}
+
+// What is no file, or has no end, is refused at once.
+func TestInputsWaitForNobody(t *testing.T) {
+	dir := t.TempDir()
+	odd := map[string]bool{}
+	if err := exec.Command("mkfifo", filepath.Join(dir, "pipe")).Run(); err == nil {
+		odd[filepath.Join(dir, "pipe")] = true
+	}
+	if info, err := os.Stat("/dev/zero"); err == nil && info.Mode()&os.ModeCharDevice != 0 {
+		odd["/dev/zero"] = true
+	}
+	if len(odd) < 2 {
+		if os.Getenv("HOTPATCH_TEST_ALL") == "1" && runtime.GOOS != "windows" {
+			t.Fatal("needs mkfifo and /dev/zero")
+		}
+		t.Skip("needs mkfifo and /dev/zero")
+	}
+	must(t, "keys", "--dir", filepath.Join(dir, "keys"))
+	for file := range odd {
+		toml := filepath.Join(dir, "release.toml")
+		text := fmt.Sprintf("id = \"X-1\"\nsequence = 1\n[[images]]\nname = \"app.dll\"\nfile = %q\n", file)
+		if err := os.WriteFile(toml, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for _, args := range [][]string{
+			{"inspect", file}, {"diff", file, file}, {"test", file, "--base", file}, {"publish", "--repo", filepath.Join(dir, "repo"), "--keys", filepath.Join(dir, "keys"), file},
+			{"image", "--base", file, "--fix", file, "--sequence", "1", "-o", filepath.Join(dir, "out")}, {"implib", "--base", file, "-o", filepath.Join(dir, "out")},
+			{"release", "--manifest", file}, {"release", "--manifest", toml},
+		} {
+			type result struct {
+				code   int
+				stderr string
+			}
+			done := make(chan result, 1)
+			go func() {
+				code, _, stderr := command(args...)
+				done <- result{code, stderr}
+			}()
+			select {
+			case r := <-done:
+				if want := file + " is not a regular file"; r.code != 1 || !strings.Contains(r.stderr, want) && args[0] != "diff" {
+					t.Errorf("%s: exit code %d: %s", args, r.code, r.stderr)
+				}
+			case <-time.After(time.Minute):
+				t.Fatalf("%s hangs", args)
+			}
 		}
 	}
 }

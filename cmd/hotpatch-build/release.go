@@ -4,7 +4,6 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"strings"
 
@@ -108,5 +107,5 @@ func (f folder) Open(name string) (fs.File, error) {
 	if !filepath.IsAbs(path) {
 		path = filepath.Join(string(f), path)
 	}
-	return os.Open(path)
+	return openInput(path)
 }

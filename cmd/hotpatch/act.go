@@ -144,7 +144,10 @@ func (s *session) switchCommand(name, short string, call func(context.Context) (
 // change runs a change, shows its progress, and ends with what it came to.
 func (s *session) change(run func(progress func(control.Event)) (*control.Change, error)) error {
 	p := &progress{w: s.out, live: s.live, screen: s.screen}
-	show := p.event
+	show := func(e control.Event) {
+		s.heard.Store(true)
+		p.event(e)
+	}
 	if s.jsonOut {
 		show = func(control.Event) {}
 	}

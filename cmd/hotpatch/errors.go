@@ -76,6 +76,7 @@ func ownHeader(format string) control.Header {
 func explainError(err error) (*control.Error, int) {
 	var e *control.Error
 	var u usageError
+	var silent *silentError
 	switch {
 	case errors.As(err, &e):
 		codes := map[control.Code]int{control.CodeUsage: exitUsage, control.CodeNotPermitted: exitNotPermitted,
@@ -88,6 +89,9 @@ func explainError(err error) (*control.Error, int) {
 		return &control.Error{Code: control.CodeUsage, Text: err.Error(), Hint: "hotpatch --help, or --help after a command"}, exitUsage
 	case errors.Is(err, control.ErrNotReachable):
 		return unreachable(err)
+	case errors.As(err, &silent):
+		return &control.Error{Code: "not-reachable", Text: err.Error(),
+			Hint: "it is stopped, or hangs: systemctl status hotpatchd. What it has begun it carries through; what is applied stays applied meanwhile"}, exitNotReachable
 	case errors.Is(err, context.Canceled):
 		return &control.Error{Code: control.CodeInternal, Text: "interrupted; what the daemon has begun it carries through", Hint: "hotpatch status"}, exitFailed
 	}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	"hotpatchd/agent/control"
 )
@@ -58,9 +59,10 @@ func readMetadata(dir string) (map[string][]byte, error) {
 	return out, nil
 }
 
-// readBounded reads a regular file of at most limit bytes.
+// readBounded reads a regular file of at most limit bytes. It does not wait for
+// the other end of a pipe.
 func readBounded(path string, limit int64) ([]byte, error) {
-	f, err := os.Open(path)
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, plainFileError("read", err)
 	}
@@ -76,9 +78,12 @@ func readBounded(path string, limit int64) ([]byte, error) {
 		return nil, fmt.Errorf("%s has %d bytes, more than %d", path, info.Size(), limit)
 	}
 	b := make([]byte, 0, info.Size()+1)
-	for r := io.LimitReader(f, limit); ; {
+	for r := io.LimitReader(f, limit+1); ; {
 		n, err := r.Read(b[len(b):cap(b)])
 		b = b[:len(b)+n]
+		if int64(len(b)) > limit {
+			return nil, fmt.Errorf("%s has more than %d bytes", path, limit)
+		}
 		if errors.Is(err, io.EOF) {
 			return b, nil
 		}

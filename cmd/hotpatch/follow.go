@@ -21,6 +21,9 @@ const (
 	// appearWait is how long wait gives a process to be seen, and a daemon that
 	// is being started to listen: two scans at the usual interval, and some.
 	appearWait = 5 * time.Second
+	// firstAnswer is what a daemon that runs gets for its first answer, however
+	// short the timeout: the answer is what the command prints.
+	firstAnswer = 2 * time.Second
 	// defaultWait bounds wait when the caller gives no bound.
 	defaultWait = 10 * time.Minute
 )
@@ -28,6 +31,7 @@ const (
 func (s *session) watchCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "watch", Short: "What happens, as it happens; one line an event when piped", Args: noArgs,
+		Annotations: map[string]string{ownWait: "until the caller ends it"},
 		RunE: func(c *cobra.Command, _ []string) error {
 			if s.live && !s.jsonOut {
 				return s.watchScreen(c.Context())
@@ -92,6 +96,7 @@ func (s *session) waitCommand() *cobra.Command {
 	goal, timeout, pid := "hotpatched", defaultWait, 0
 	c := &cobra.Command{
 		Use: "wait", Short: "Wait until all is well (hotpatched) or nothing is under way (settled)", Args: noArgs,
+		Annotations: map[string]string{ownWait: "--timeout"},
 		RunE: func(c *cobra.Command, _ []string) error {
 			if goal != "settled" && goal != "hotpatched" {
 				return usagef("--for is settled or hotpatched, not %q", goal)
@@ -108,24 +113,47 @@ func (s *session) waitCommand() *cobra.Command {
 	return c
 }
 
-func (s *session) wait(ctx context.Context, w waiting, timeout time.Duration) error {
+// ownWait marks commands that bound by themselves how long they wait, and says how.
+const ownWait = "own-wait"
+
+func (s *session) wait(caller context.Context, w waiting, timeout time.Duration) error {
+	ctx, cancel := context.WithTimeout(caller, max(timeout, firstAnswer))
+	defer cancel()
 	begun := time.Now()
+	var last func() error // prints the last answer
+	var absent error      // nobody listened yet
 	for {
 		doc, text, done, err := s.reached(ctx, w, time.Since(begun) > appearWait)
 		late := time.Since(begun) >= timeout
+		if err == nil {
+			last = func() error { return s.show(doc, func() string { return text }) }
+		}
 		switch {
+		case err != nil && ctx.Err() != nil && caller.Err() == nil: // cut off in the middle
+			if last == nil && absent != nil {
+				return absent
+			}
+			if last == nil {
+				return &control.Error{Code: control.CodeIncomplete, Text: fmt.Sprintf("the daemon at %s did not answer within %v", s.socket, max(timeout, firstAnswer)),
+					Hint: "is it stopped, or does it hang? systemctl status hotpatchd"}
+			}
+			if err := last(); err != nil {
+				return err
+			}
+			return exit(exitIncomplete)
 		case errors.Is(err, control.ErrNotReachable) && time.Since(begun) < min(appearWait, timeout):
+			absent = err
 		case err != nil:
 			return err
 		case done || late:
-			if err := s.show(doc, func() string { return text }); err != nil {
+			if err := last(); err != nil {
 				return err
 			}
 			return exitIf(!done, exitIncomplete)
 		}
 		select {
-		case <-ctx.Done():
-			return ctx.Err()
+		case <-caller.Done():
+			return caller.Err()
 		case <-time.After(max(min(askEvery, timeout-time.Since(begun)), time.Millisecond)):
 		}
 	}

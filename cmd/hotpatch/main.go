@@ -25,6 +25,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -58,16 +59,23 @@ func run() int {
 
 // command runs one command line. It is main without the process around it.
 func command(ctx context.Context, args []string, stdout, stderr io.Writer, getenv func(string) string) int {
-	s := &session{out: stdout, started: false}
+	out := &printer{w: stdout}
+	s := &session{out: out, started: false}
 	s.screen = newScreen(terminal(stdout) && getenv("NO_COLOR") == "" && getenv("TERM") != "dumb", time.Local)
 	s.live = terminal(stdout)
 	root := s.root(getenv("HOTPATCH_SOCKET"))
 	root.SetArgs(args)
-	root.SetOut(stdout)
+	root.SetOut(out)
 	root.SetErr(stderr)
 	err := root.ExecuteContext(ctx)
+	if s.unattend != nil {
+		s.unattend()
+	}
 	if s.client != nil {
 		s.client.Close()
+	}
+	if out.err != nil && (err == nil || errors.Is(err, out.err)) { // cobra does not look whether its help was printed
+		err, s.started = fmt.Errorf("cannot print: %w", out.err), true
 	}
 	if err != nil && !s.started { // cobra's own complaints come before any command has started
 		err = usageError{err}
@@ -89,15 +97,31 @@ func terminal(w io.Writer) bool {
 	return err == nil && info.Mode()&os.ModeCharDevice != 0
 }
 
+// printer remembers that what was to be printed was not.
+type printer struct {
+	w   io.Writer
+	err error
+}
+
+func (p *printer) Write(b []byte) (int, error) {
+	n, err := p.w.Write(b)
+	if err != nil && p.err == nil {
+		p.err = err
+	}
+	return n, err
+}
+
 // session is one run of the command.
 type session struct {
-	out     io.Writer
-	screen  *screen
-	live    bool // a person is looking: rows may be redrawn
-	client  *control.Client
-	socket  string
-	jsonOut bool
-	started bool // a command runs: what fails now is not usage
+	out      io.Writer
+	screen   *screen
+	live     bool // a person is looking: rows may be redrawn
+	client   *control.Client
+	socket   string
+	jsonOut  bool
+	started  bool        // a command runs: what fails now is not usage
+	heard    atomic.Bool // the daemon has told of its progress
+	unattend func()      // ends what looks after the daemon; may be nil
 }
 
 // root builds the tree of commands.
@@ -119,9 +143,14 @@ Exit codes: 0 done, answered or already so; 1 failed; 2 usage; 3 the device is n
 		RunE: func(*cobra.Command, []string) error {
 			return usagef("no command is given; hotpatch --help lists them")
 		},
-		PersistentPreRun: func(*cobra.Command, []string) {
+		PersistentPreRun: func(c *cobra.Command, _ []string) {
 			s.started = true
 			s.client = control.Dial(s.socket)
+			if c.Annotations[ownWait] == "" {
+				ctx, stop := s.attend(c.Context(), c.ErrOrStderr(), patient)
+				s.unattend = stop
+				c.SetContext(ctx)
+			}
 		},
 	}
 	root.SuggestionsMinimumDistance = 2

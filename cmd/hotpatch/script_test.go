@@ -19,7 +19,14 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"hotpatch": func() { os.Exit(run()) }})
+	testscript.Main(m, map[string]func(){
+		"hotpatch": func() { os.Exit(run()) },
+		// hotpatch as somebody uses it who does not wait for long.
+		"hasty-hotpatch": func() {
+			patient = attention{quiet: 10 * time.Millisecond, every: time.Second, silence: 1200 * time.Millisecond}
+			os.Exit(run())
+		},
+	})
 }
 
 // TestScripts runs the real command against a daemon that serves invented
@@ -59,6 +66,24 @@ func TestScripts(t *testing.T) {
 					ts.Fatalf("no daemon %q", args[0])
 				}
 				ts.Check(d.start(ts.Getenv("HOTPATCH_SOCKET"), set))
+			},
+			// silence: somebody listens and answers nothing, until the script ends.
+			"silence": func(ts *testscript.TestScript, neg bool, args []string) {
+				l, err := control.Listen(ts.Getenv("HOTPATCH_SOCKET"))
+				ts.Check(err)
+				ts.Defer(func() { l.Close() })
+			},
+			// within D COMMAND...: the command ends with an error before D is over.
+			"within": func(ts *testscript.TestScript, neg bool, args []string) {
+				limit, err := time.ParseDuration(args[0])
+				ts.Check(err)
+				begun := time.Now()
+				if ts.Exec(args[1], args[2:]...) == nil {
+					ts.Fatalf("it succeeded")
+				}
+				if took := time.Since(begun); took > limit {
+					ts.Fatalf("it took %v", took)
+				}
 			},
 			// asked REQUEST...: what the daemon was asked since the last time.
 			"asked": func(ts *testscript.TestScript, neg bool, args []string) {
@@ -110,6 +135,7 @@ var daemons = map[string]func(*daemon){
 	"not-permitted": func(d *daemon) {
 		d.err = &control.Error{Code: control.CodeNotPermitted, Text: "rollback needs root or membership in the group hotpatch; you are alice"}
 	},
+	"slow-check":   func(d *daemon) { d.takes = 3 * time.Second },
 	"not-found":    func(d *daemon) { d.err = control.Errorf(control.CodeNotFound, "there is no release X") },
 	"not-eligible": func(d *daemon) { d.err = control.Errorf(control.CodeNotEligible, "the device is not eligible") },
 	"rolled-back":  func(d *daemon) { d.changed = rolledBack() },
@@ -148,14 +174,15 @@ type daemon struct {
 	err       error
 	asked     []string
 	questions int
-	later     func() // called at the third question
+	later     func()        // called at the third question
+	takes     time.Duration // of a check
 }
 
 func (d *daemon) start(socket string, set func(*daemon)) error {
 	d.mu.Lock()
 	d.status, d.processes, d.eligible, d.changed = wellStatus(), manyProcesses(), eligibleDoc(), change("install", true, control.Patched, control.Patched)
 	d.verified = &control.Verify{OK: true, Processes: 38, Images: 41, Sites: 82}
-	d.err, d.events, d.later, d.questions = nil, nil, nil, 0
+	d.err, d.events, d.later, d.questions, d.takes = nil, nil, nil, 0, 0
 	set(d)
 	running := d.server != nil
 	d.mu.Unlock()
@@ -232,6 +259,10 @@ func (d *daemon) Processes(_ context.Context, _ control.Caller, q control.Proces
 	return &p, err
 }
 func (d *daemon) Check(context.Context, control.Caller) (*control.Status, error) {
+	d.mu.Lock()
+	takes := d.takes
+	d.mu.Unlock()
+	time.Sleep(takes)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.status, d.ask("check")

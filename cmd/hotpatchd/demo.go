@@ -93,7 +93,9 @@ func demoCommand(c *command, args []string, out, errOut io.Writer) int {
 		fmt.Fprintf(out, "SIMULATED        %s: the same story on a simulated machine, nothing real is touched\n\n", why)
 	}
 	if err := tell(ctx, s, out); err != nil {
-		fmt.Fprintf(out, "\nFAILED           %v\n", err)
+		if _, unheard := fmt.Fprintf(out, "\nFAILED           %v\n", err); unheard != nil {
+			return failed(errOut, err)
+		}
 		return exitFailed
 	}
 	return exitDone

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -21,6 +22,24 @@ func labels(text string) []string {
 		}
 	}
 	return out
+}
+
+// full is where nothing can be printed.
+type full struct{}
+
+func (full) Write([]byte) (int, error) { return 0, errors.New("no space left") }
+
+func TestDemoSaysThatItCannotPrint(t *testing.T) {
+	t.Setenv("TMPDIR", t.TempDir())
+	for _, c := range commands() {
+		if c.name != "demo" {
+			continue
+		}
+		var errOut bytes.Buffer
+		if code := c.run(&c, []string{"--backend", "sim"}, full{}, &errOut); code != exitFailed || errOut.String() != "hotpatchd: cannot print: no space left\n" {
+			t.Errorf("exit %d, %q", code, errOut.String())
+		}
+	}
 }
 
 func TestDemoSimulated(t *testing.T) {
