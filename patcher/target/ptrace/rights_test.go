@@ -13,6 +13,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"hotpatchd/patcher/target"
 	"hotpatchd/patcher/target/ptrace/hosttest"
@@ -68,6 +69,12 @@ func ordinaryUser(pid string) {
 	own := exec.Command("sleep", "100")
 	check(own.Start() == nil, "cannot start sleep")
 	defer own.Process.Kill()
+	for end := time.Now().Add(hosttest.Patience); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		// Start returns in the middle of its exec: who it is, is told at the end of that.
+		if auxv, err := os.ReadFile(fmt.Sprintf("/proc/%d/auxv", own.Process.Pid)); err == nil && len(auxv) > 16 {
+			break
+		}
+	}
 	list, err := b.List(ctx)
 	check(err == nil, "List: %v", err)
 	seen := 0
@@ -87,7 +94,13 @@ func ordinaryUser(pid string) {
 			p, err := b.Open(ctx, i.ID)
 			check(err == nil, "Open of an own process: %v", err)
 			at := free()
-			check(p.Alloc(at, page, target.Read) == nil, "Alloc in an own process")
+			for end := time.Now().Add(hosttest.Patience); ; time.Sleep(time.Millisecond) {
+				// So young, it may not have mapped its libc yet.
+				if err = p.Alloc(at, page, target.Read); err == nil || time.Now().After(end) {
+					break
+				}
+			}
+			check(err == nil, "Alloc in an own process: %v", err)
 			z, err := p.Freeze(ctx)
 			check(err == nil, "Freeze of an own process: %v", err)
 			check(z.Thaw() == nil, "Thaw of an own process")
