@@ -132,8 +132,15 @@ func (r *rig) write(name, text string) {
 	if err := os.WriteFile(r.path(name+".new"), []byte(text), 0o600); err != nil {
 		r.t.Fatal(err)
 	}
-	if err := os.Rename(r.path(name+".new"), r.path(name)); err != nil {
-		r.t.Fatal(err)
+	// On Windows nothing takes the place of a file that the daemon just reads.
+	for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+		err := os.Rename(r.path(name+".new"), r.path(name))
+		if err == nil {
+			return
+		}
+		if runtime.GOOS != "windows" || time.Now().After(end) {
+			r.t.Fatal(err)
+		}
 	}
 }
 
