@@ -171,6 +171,12 @@ func TestManyConnectionsOfOneUser(t *testing.T) {
 		}
 		conns = append(conns, c)
 	}
+	// A pipe hands connections on in any order.
+	until(t, "all of them are counted", func() bool {
+		r.gate.mu.Lock()
+		defer r.gate.mu.Unlock()
+		return r.gate.total == maxConnsPerUser
+	})
 	// The refusal may come before the request is written, and is then lost to the client.
 	until(t, "one connection too many is refused in words", func() bool {
 		_, err := r.client.Status(context.Background())
