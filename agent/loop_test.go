@@ -53,6 +53,37 @@ func TestBusyIsTriedAgainWithoutAWake(t *testing.T) {
 	must(t, r.judge())
 }
 
+// An attempt whose turn comes between the last round and its publication is due
+// at once: nothing else would bring it about.
+func TestTurnThatComesBeforePublication(t *testing.T) {
+	r := newRig(t, &sim.Scene{Format: sim.SceneFormat, Seed: 1, Processes: []sim.Process{{PID: sweepPID,
+		Modules: []sim.Module{{File: "mingw/app.dll"}}, Guards: []sim.Guard{{Code: "tracer", Text: "traced by strace, pid 31211"}}}}})
+	r.cfg.Backend.ScanEvery = longScan
+	must(t, r.publish(repository.PublishOptions{}, &release.Manifest{ID: "R1", Product: "app", Sequence: 1}, image{"mingw/app-ref-1.dll"}))
+	must(t, r.start())
+	defer func() { must(t, r.stop()) }()
+	must(t, r.until(func() string {
+		row, err := r.row(sweepPID)
+		if err != nil || row == nil || row.State != control.Blocked {
+			return fmt.Sprintf("%+v %v", row, err)
+		}
+		return ""
+	}))
+	a, due := r.life.agent, false
+	must(t, a.call(context.Background(), func() {
+		r.clock.Add(int64(guardAgain))
+		a.publish()
+		due = a.due()
+	}))
+	if !due {
+		t.Error("the attempt waits for something else to change")
+	}
+	must(t, r.until(func() string { return said(r.m.SetGuards(sweepPID)) }))
+	r.clock.Add(int64(guardAgain)) // it may have been tried before
+	must(t, r.until(func() string { return said(r.agree("R1")) }))
+	must(t, r.judge())
+}
+
 // forge makes an annex header that claims to be in force in app.dll: it has
 // taken vuln out, which therefore stands as it always did.
 func forge(t *testing.T, base target.Addr, rva uint32, product, id string, bytes []byte) []any {

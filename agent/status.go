@@ -61,6 +61,9 @@ func (a *Agent) nextAgain(intents []Intent) time.Time {
 	}
 	for _, in := range intents {
 		sooner(in.Again)
+		if in.Kind != DoNothing && in.Try != nil {
+			sooner(in.Try.Next) // its turn came after the round was decided: it is due now
+		}
 	}
 	for id, r := range a.broken() {
 		if r.Code == codeFetch && !a.loading[id] {
