@@ -46,9 +46,23 @@ func entry(n int) control.HistoryEntry {
 	}
 }
 
+// tempDir is a folder for a store that may break: what bolt has mapped then goes
+// with the process, and until then Windows keeps the file.
+func tempDir(t testing.TB) string {
+	if runtime.GOOS != "windows" {
+		return t.TempDir()
+	}
+	dir, err := os.MkdirTemp("", "store")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
 // filled makes a closed state file with something of everything in it.
 func filled(t testing.TB) string {
-	path := filepath.Join(t.TempDir(), "state", "state.db")
+	path := filepath.Join(tempDir(t), "state", "state.db")
 	s := mustOpen(t, path)
 	for i := range 40 {
 		mustUpdate(t, s, func(tx *Tx) error {
@@ -128,7 +142,7 @@ func TestUpdateIsAllOrNothing(t *testing.T) {
 		"error": func(tx *Tx) error { return boom },
 		"panic": func(tx *Tx) error { panic(boom) },
 	} {
-		path := filepath.Join(t.TempDir(), "state.db")
+		path := filepath.Join(tempDir(t), "state.db")
 		s := mustOpen(t, path)
 		err := s.Update(func(tx *Tx) error {
 			if _, err := tx.Append(entry(1)); err != nil {
