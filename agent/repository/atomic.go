@@ -31,7 +31,7 @@ func writeFile(path string, b []byte, mode os.FileMode) error {
 		err = closeErr
 	}
 	if err == nil {
-		err = os.Rename(f.Name(), path)
+		err = patiently(func() error { return os.Rename(f.Name(), path) })
 	}
 	if err != nil {
 		os.Remove(f.Name())
@@ -65,7 +65,7 @@ func sweep(dir string) error {
 	}
 	for _, e := range entries {
 		if strings.HasPrefix(e.Name(), tempPrefix) {
-			if err := os.Remove(filepath.Join(dir, e.Name())); err != nil {
+			if err := patiently(func() error { return os.Remove(filepath.Join(dir, e.Name())) }); err != nil {
 				return fmt.Errorf("cannot remove %s: %w", e.Name(), err)
 			}
 		}

@@ -75,7 +75,7 @@ func (c *cache) root(initial []byte) ([]byte, error) {
 // aside moves a bad file out of the way, for people to look at; only the last
 // one of each name is kept.
 func (c *cache) aside(path string, why error) error {
-	if err := os.Rename(path, path+".bad"); err != nil {
+	if err := patiently(func() error { return os.Rename(path, path+".bad") }); err != nil {
 		return storage(fmt.Errorf("cannot set %s aside: %w", path, err))
 	}
 	c.notice(fmt.Sprintf("%s cannot be used and was set aside as %s.bad: %v", path, filepath.Base(path), why))
@@ -146,7 +146,7 @@ func (c *cache) keep(set *trustedSet, s *session) error {
 	}
 	for _, e := range entries {
 		if n := e.Name(); n != names[0] && n != names[1] && n != names[2] && !strings.HasSuffix(n, ".bad") {
-			if err := os.Remove(c.metadata(n)); err != nil {
+			if err := patiently(func() error { return os.Remove(c.metadata(n)) }); err != nil {
 				return storage(err)
 			}
 		}

@@ -84,7 +84,7 @@ func (c *Client) download(ctx context.Context, o Offer) (b []byte, resumed bool,
 		return nil, resumed, fail(CodeSignature, &metadata.ErrLengthOrHashMismatch{Msg: o.Target},
 			"%s is not the file that was signed: its hash differs", o.Target).hint(hintStays)
 	}
-	if err := os.Rename(part, c.cache.target(o.SHA256)); err != nil {
+	if err := patiently(func() error { return os.Rename(part, c.cache.target(o.SHA256)) }); err != nil {
 		return nil, resumed, storage(err)
 	}
 	if err := syncDir(c.cache.target("")); err != nil {
@@ -170,7 +170,7 @@ func (c *Client) Prune(keep func(sha256 string) bool) error {
 	}
 	for _, e := range entries {
 		if !keep(e.Name()) {
-			if err := os.Remove(c.cache.target(e.Name())); err != nil {
+			if err := patiently(func() error { return os.Remove(c.cache.target(e.Name())) }); err != nil {
 				return storage(err)
 			}
 		}

@@ -20,7 +20,7 @@ func lock(path string) (func(), error) {
 		if statErr == nil && time.Since(info.ModTime()) < lockStale {
 			return nil, fmt.Errorf("another publisher is at work: if none is, remove %s, or wait %s", path, lockStale)
 		}
-		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		if err := patiently(func() error { return os.Remove(path) }); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return nil, fmt.Errorf("cannot remove a stale lock: %w", err)
 		}
 		f, err = os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
@@ -29,5 +29,5 @@ func lock(path string) (func(), error) {
 		return nil, fmt.Errorf("cannot lock the repository: %w", err)
 	}
 	f.Close()
-	return func() { os.Remove(path) }, nil
+	return func() { patiently(func() error { return os.Remove(path) }) }, nil
 }

@@ -2,7 +2,9 @@ package repository
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -226,6 +228,39 @@ func TestTwoPublishers(t *testing.T) {
 	if _, err := Refresh(f.dir, f.keys, f.options()); err != nil {
 		t.Error(err)
 	}
+}
+
+// Devices that read the folder just then neither keep the publisher from its
+// work nor see anything but one of the two states.
+func TestPublishWhileDevicesRead(t *testing.T) {
+	f := newFixture(t)
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	reads := make([]int, 4)
+	for i := range reads {
+		c := f.client("")
+		wg.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				if _, err := c.Refresh(context.Background()); err != nil {
+					t.Errorf("a device: %v (%v)", err, errors.Unwrap(err))
+				}
+				reads[i]++
+			}
+		})
+	}
+	for range 25 {
+		if _, err := Refresh(f.dir, f.keys, f.options()); err != nil {
+			t.Error(err)
+		}
+	}
+	close(stop)
+	wg.Wait()
+	t.Log(reads)
 }
 
 func TestRefreshSigns(t *testing.T) {

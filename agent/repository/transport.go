@@ -272,7 +272,8 @@ func (t *transport) missing(name, found string) *Error {
 func (t *transport) openFile(rel string, offset, limit int64) (io.ReadCloser, int64, error) {
 	name := path.Base(rel)
 	file := folder(t.base) + "/" + rel
-	info, err := os.Stat(file)
+	var info os.FileInfo
+	err := patiently(func() (err error) { info, err = os.Stat(file); return err })
 	switch {
 	case errors.Is(err, os.ErrNotExist):
 		return nil, 0, t.missing(name, "the folder has no such file")
@@ -283,7 +284,8 @@ func (t *transport) openFile(rel string, offset, limit int64) (io.ReadCloser, in
 	case info.Size() > limit:
 		return nil, 0, tooLarge(name, limit)
 	}
-	f, err := os.Open(file)
+	var f *os.File
+	err = patiently(func() (err error) { f, err = os.Open(file); return err })
 	if err != nil {
 		return nil, 0, fail(CodeUnreachable, err, "cannot read %s", file)
 	}
