@@ -188,7 +188,7 @@ func (a *Agent) imagesOf(ctx context.Context, id target.ID) ([]ImageView, error)
 	if err != nil || len(images) == 0 {
 		return nil, err
 	}
-	claims, err := patcher.Claims(p)
+	claims, err := patcher.Look(ctx, p).Claims()
 	switch {
 	case errors.Is(err, target.ErrGone), errors.Is(err, target.ErrDenied):
 		return nil, err

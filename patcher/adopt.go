@@ -14,11 +14,13 @@ import (
 // annex's old bytes put back, has the hash the release names. ErrNotOurs if
 // there is nothing to adopt.
 func (x *Patcher) Adopt(ctx context.Context, p target.Process, base Loaded, patch *Patch) (Record, error) {
-	regions, err := p.Regions()
-	if err != nil {
-		return Record{}, err
-	}
-	found, err := findAnnexes(p, regions, base)
+	return x.AdoptSeen(Look(ctx, p), base, patch)
+}
+
+// AdoptSeen is Adopt in the process of a survey.
+func (x *Patcher) AdoptSeen(s *Survey, base Loaded, patch *Patch) (Record, error) {
+	p := s.p
+	found, err := s.annexesOf(base)
 	if err != nil {
 		return Record{}, err
 	}

@@ -2,13 +2,8 @@ package patcher
 
 import (
 	"bytes"
-	"crypto/sha256"
 	"encoding/binary"
-	"encoding/hex"
-	"encoding/json"
 	"errors"
-	"fmt"
-	"slices"
 
 	"hotpatchd/patcher/target"
 	"hotpatchd/pe"
@@ -26,51 +21,13 @@ import (
 // The header repeats what is needed to undo, so that a fork child, a lost
 // store or a second installation finds its way.
 const (
-	annexMagic     = "HPANNEX\x01"
-	annexUnwind    = 12
-	annexFixed     = 48
-	maxAnnexHeader = 4 << 20 // 4095 functions at under 1 KiB each
-	slotSize       = 8
+	annexMagic  = "HPANNEX\x01"
+	annexUnwind = 12
+	annexFixed  = 48
+	slotSize    = 8
 	// annexAlign is the granularity of addresses we take: Windows reserves by it.
 	annexAlign = 64 << 10
 )
-
-// annexHeader is the JSON of the header. Keys are stable: an older daemon's
-// annex must be read by a newer one.
-type annexHeader struct {
-	Nonce    string        `json:"nonce"`
-	Base     target.Addr   `json:"base"`
-	Size     uint64        `json:"size"` // bytes of the whole annex
-	Identity pe.Identity   `json:"identity"`
-	Image    string        `json:"image"`
-	Product  string        `json:"product"`
-	Release  string        `json:"release"`
-	Sequence uint32        `json:"sequence"`
-	Hash     string        `json:"hash"`
-	Sites    []Site        `json:"sites"`
-	Ranges   []pe.Span     `json:"ranges,omitempty"` // further parts of replaced functions
-	Parts    []target.Span `json:"parts"`
-	Header   string        `json:"header"`
-}
-
-func (h annexHeader) encode() ([]byte, error) {
-	var out bytes.Buffer
-	e := json.NewEncoder(&out)
-	e.SetEscapeHTML(false) // names would outgrow the room kept for them
-	if err := e.Encode(h); err != nil {
-		return nil, err
-	}
-	body := out.Bytes()
-	if len(body) > maxAnnexHeader {
-		return nil, fmt.Errorf("annex header of %d bytes is over the limit of %d", len(body), maxAnnexHeader)
-	}
-	b := make([]byte, annexFixed, annexFixed+len(body))
-	copy(b, annexMagic)
-	binary.LittleEndian.PutUint32(b[8:], uint32(len(body)))
-	sum := sha256.Sum256(body)
-	copy(b[16:], sum[:])
-	return append(b, body...), nil
-}
 
 // annex is a header found in a process.
 type annex struct {
@@ -82,90 +39,10 @@ type annex struct {
 	padIs []bool // likewise, for pads
 }
 
-// findAnnexes lists the annexes that belong to the image at base. What they
-// say is only a claim until it is checked against a verified release.
-func findAnnexes(p target.Process, regions []target.Region, base Loaded) ([]annex, error) {
-	found, err := annexesIn(p, regions, func(at target.Addr) bool { return near(at, base) })
-	if err != nil {
-		return nil, err
-	}
-	found = slices.DeleteFunc(found, func(a annex) bool { return a.Base != base.Base || a.Identity.SizeOfImage != base.Size })
-	for i := range found {
-		if err := found[i].look(p); err != nil {
-			return nil, err
-		}
-	}
-	return found, nil
-}
-
-const (
-	// maxAnnexes bounds the annexes of one process: one a sequence that ever ran in an image.
-	maxAnnexes = 256
-	// maxProbes bounds the places looked at in one process: a thousand images
-	// have some ten thousand pages where a header could begin.
-	maxProbes = 64 << 10
-	// maxHeaders bounds what is read as headers of one process, bytes.
-	maxHeaders = 64 << 20
-)
-
-func annexesIn(p target.Process, regions []target.Region, where func(target.Addr) bool) ([]annex, error) {
-	var found []annex
-	probes, budget := 0, uint64(maxHeaders)
-	for _, r := range regions {
-		if r.Kind != target.Private || r.Inode != 0 || r.Prot != target.Read || r.Shared {
-			continue
-		}
-		// Neighbouring mappings of one protection may be joined by the kernel:
-		// look at every place where an annex could begin.
-		for at := alignUp(r.Start, annexAlign); at < r.End && at >= r.Start; at += annexAlign {
-			if !where(at) {
-				continue
-			}
-			if probes++; probes > maxProbes || len(found) == maxAnnexes {
-				return found, nil
-			}
-			a, err := annexAt(p, at, uint64(r.End-at), &budget)
-			switch {
-			case err == nil:
-				found = append(found, a)
-			case errors.Is(err, target.ErrGone), errors.Is(err, target.ErrDenied):
-				return nil, err
-			}
-		}
-	}
-	return found, nil
-}
-
-var errNoAnnex = errors.New("no annex here")
-
-func annexAt(p target.Process, at target.Addr, room uint64, budget *uint64) (annex, error) {
-	var fixed [annexFixed]byte
-	if _, err := p.ReadAt(fixed[:], at); err != nil {
-		return annex{}, err
-	}
-	n := uint64(binary.LittleEndian.Uint32(fixed[8:]))
-	if string(fixed[:8]) != annexMagic || n > maxAnnexHeader || n+annexFixed > room || n > *budget {
-		return annex{}, errNoAnnex
-	}
-	*budget -= n
-	body, err := read(p, at+annexFixed, int(n))
-	if err != nil {
-		return annex{}, err
-	}
-	if sum := sha256.Sum256(body); !bytes.Equal(sum[:], fixed[16:48]) {
-		return annex{}, errNoAnnex
-	}
-	a := annex{At: at, sum: hex.EncodeToString(fixed[16:])}
-	if json.Unmarshal(body, &a.annexHeader) != nil || !a.sane() {
-		return annex{}, errNoAnnex
-	}
-	return a, nil
-}
-
 // sane checks what later code relies on: lengths, places inside the image and
 // the annex, and that what the sites write leads into this annex and nowhere else.
 func (a annex) sane() bool {
-	if a.Size == 0 || a.Size > maxReach || len(a.Sites) == 0 || len(a.Sites) > 2*maxFunctions || len(a.Nonce) != 32 {
+	if a.Size == 0 || a.Size > maxReach || len(a.Sites) == 0 || len(a.Sites) > 2*maxFunctions || len(a.Nonce) != 32 || !a.brief() {
 		return false
 	}
 	own := target.Span{Start: a.At, End: a.At + target.Addr(a.Size)}
@@ -319,27 +196,4 @@ type Claim struct {
 	Release  string
 	Sequence uint32
 	Hash     string // of the hotpatch image, SHA-256, hex
-}
-
-// Claims lists the annexes in force in a process, whoever put them there: a
-// former life of ours, the parent of a fork, another installation.
-func Claims(p target.Process) ([]Claim, error) {
-	regions, err := p.Regions()
-	if err != nil {
-		return nil, err
-	}
-	var claims []Claim
-	found, err := annexesIn(p, regions, func(target.Addr) bool { return true })
-	if err != nil {
-		return nil, err
-	}
-	for _, a := range found {
-		if err := a.look(p); err != nil {
-			return nil, err
-		}
-		if a.live {
-			claims = append(claims, Claim{a.Base, a.Product, a.Release, a.Sequence, a.Hash})
-		}
-	}
-	return claims, nil
 }

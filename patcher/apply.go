@@ -53,6 +53,7 @@ func (x *Patcher) stage(ctx context.Context, p target.Process, plan *Plan) error
 		if err := x.intend(rec, Staging); err != nil {
 			return err
 		}
+		plan.survey.mapped(plan.Annex)
 		err := fill(p, plan)
 		if err == nil {
 			if err = x.intend(rec, Staged); err == nil {

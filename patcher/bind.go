@@ -19,19 +19,19 @@ type Bind struct {
 	Kind  string // "pointer" into the base, "shared" slot of the base, "import"
 }
 
-// binder finds the values of all slots in one process. It reads only.
+// binder finds the values of all slots of one image's fix. It reads only.
 type binder struct {
-	p       target.Process
-	base    Loaded
-	modules []Loaded
-	regions []target.Region
-	exports map[target.Addr][]pe.Export // by module, as far as read
-	sets    *apiSetMap                  // read when first needed
+	*Survey
+	base Loaded
 }
 
 // bind resolves the inverse records and the ordinary imports of a hotpatch
 // image. What cannot be bound is refused by name.
 func (b *binder) bind(patch *Patch) ([]Bind, error) {
+	regions, err := b.now()
+	if err != nil {
+		return nil, err
+	}
 	var binds []Bind
 	bound := map[uint32]bool{}
 	for _, r := range patch.inverse {
@@ -49,7 +49,7 @@ func (b *binder) bind(patch *Patch) ([]Bind, error) {
 			}
 			value := binary.LittleEndian.Uint64(v)
 			// Before it is bound a slot holds nothing, or where its name lies in the file.
-			if _, ok := regionAt(b.regions, target.Addr(value)); !ok || value < uint64(b.base.Size) {
+			if _, ok := regionAt(regions, target.Addr(value)); !ok || value < uint64(b.base.Size) {
 				return nil, blocked("import", Wait, "slot %x of %s is not bound yet", r.Target, b.base.Name)
 			}
 			binds = append(binds, Bind{r.Place, value, fmt.Sprintf("contents of %s+%x", b.base.Name, r.Target), "shared"})
@@ -117,74 +117,67 @@ func permanent(name string) bool {
 
 // module finds a module that stays as long as the base does; what is for people.
 func (b *binder) module(dll, what string) (Loaded, error) {
-	list := b.named(dll)
+	list, err := b.named(dll)
+	if err != nil {
+		return Loaded{}, err
+	}
+	if len(list) == 1 && !permanent(list[0].Name) && list[0].Base != b.base.Base {
+		stays, err := b.inClosure(list[0])
+		if err != nil {
+			return Loaded{}, err
+		}
+		if !stays {
+			return Loaded{}, blocked("import", Author, "%s: %s could be unloaded before %s", what, dll, b.base.Name)
+		}
+	}
 	switch {
 	case len(list) == 0:
 		return Loaded{}, blocked("import", Author, "%s: the process has not loaded %s", what, dll)
 	case len(list) > 1:
 		return Loaded{}, blocked("import", Author, "%s: the process has loaded more than one %s", what, dll)
-	case !permanent(list[0].Name) && list[0].Base != b.base.Base && !b.inClosure(list[0]):
-		return Loaded{}, blocked("import", Author, "%s: %s could be unloaded before %s", what, dll, b.base.Name)
 	}
 	return list[0], nil
 }
 
-func (b *binder) named(dll string) []Loaded {
-	var list []Loaded
-	for _, m := range b.modules {
-		if m.Is(dll) {
-			list = append(list, m)
-		}
-	}
-	return list
-}
-
 // inClosure tells whether the base imports m statically, at any depth.
-func (b *binder) inClosure(m Loaded) bool {
+func (b *binder) inClosure(m Loaded) (bool, error) {
 	seen := map[target.Addr]bool{b.base.Base: true}
 	queue := []Loaded{b.base}
 	for len(queue) > 0 {
+		if err := b.ctx.Err(); err != nil {
+			return false, err
+		}
 		l := queue[0]
 		queue = queue[1:]
-		imports, err := l.Image.Imports()
-		if err != nil {
-			continue // not part of what can be shown; refusal follows
-		}
-		last := ""
-		for _, i := range imports {
-			if i.Delay || i.DLL == last {
-				continue
-			}
-			last = i.DLL
-			dll, err := b.host(i.DLL, l.Name, i.DLL)
+		for _, name := range b.importsOf(l) {
+			dll, err := b.host(name, l.Name, name)
 			if err != nil {
 				continue // it cannot be told what stays
 			}
-			list := b.named(dll)
+			list, err := b.named(dll)
+			if err != nil {
+				return false, err
+			}
 			if len(list) != 1 || seen[list[0].Base] {
 				continue // of two by one name it cannot be told which stays
 			}
 			if list[0].Base == m.Base {
-				return true
+				return true, nil
 			}
 			seen[list[0].Base] = true
 			queue = append(queue, list[0])
 		}
 	}
-	return false
+	return false, nil
 }
 
 func (b *binder) export(m Loaded, name string, ordinal uint32, what string, depth int) (uint64, error) {
 	if depth > maxForwards {
 		return 0, blocked("import", Author, "%s: forwarded more than %d times", what, maxForwards)
 	}
-	exports, ok := b.exports[m.Base]
-	if !ok {
-		var err error
-		if exports, err = m.Image.Exports(); err != nil {
-			return 0, fmt.Errorf("cannot read exports of %s: %w", m.Name, err)
-		}
-		b.exports[m.Base] = exports
+	exports, err := b.exportsOf(m)
+	if err != nil {
+		return 0, err
 	}
 	for _, e := range exports {
 		if (name != "" && e.Name != name) || (name == "" && e.Ordinal != ordinal) {
@@ -234,16 +227,14 @@ func (b *binder) host(dll, importer, what string) (string, error) {
 	if !apiSet(dll) {
 		return dll, nil
 	}
-	if b.sets == nil {
-		var err error
-		if b.sets, err = readApiSetMap(b.p); err != nil {
-			return "", err
-		}
-		if b.sets == nil {
-			return "", blocked("import", Author, "%s: %s is an API set and needs the target's own map, which this backend does not give", what, dll)
-		}
+	sets, err := b.apiSets()
+	if err != nil {
+		return "", err
 	}
-	host := b.sets.host(dll, importer)
+	if sets == nil {
+		return "", blocked("import", Author, "%s: %s is an API set and needs the target's own map, which this backend does not give", what, dll)
+	}
+	host := sets.host(dll, importer)
 	if host == "" {
 		return "", blocked("import", Author, "%s: no module of this system stands for %s", what, dll)
 	}

@@ -138,7 +138,7 @@ func errorOf[T any](_ T, err error) error { return err }
 func TestBindDelayImport(t *testing.T) {
 	w := bindWorld(t)
 	p := w.patch(1, "f")
-	b := binder{p: w.p, base: w.base, modules: []Loaded{w.base}, exports: map[target.Addr][]pe.Export{}}
+	b := binder{Look(t.Context(), w.p), w.base}
 	if binds, err := b.bind(p); err != nil || len(binds) != 0 {
 		t.Fatalf("%v, %v", binds, err)
 	}

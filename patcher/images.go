@@ -1,6 +1,7 @@
 package patcher
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"path"
@@ -45,25 +46,20 @@ func (m memory) ReadAt(b []byte, off int64) (int, error) {
 // maxImages bounds the images of one process: real ones have a few hundred.
 const maxImages = 4096
 
-// Images finds the PE images with code in a process by walking its regions and
-// parsing headers: one way for all backends. A region whose bytes are not a
-// sane image is passed over: foreign memory may hold anything. Errors are
-// those of the process alone.
-func Images(p target.Process) ([]Loaded, error) {
-	regions, err := p.Regions()
-	if err != nil {
-		return nil, err
-	}
-	return imagesIn(p, regions)
-}
+// Images finds the PE images of a process; see [Survey.Images].
+func Images(p target.Process) ([]Loaded, error) { return Look(context.Background(), p).Images() }
 
-func imagesIn(p target.Process, regions []target.Region) ([]Loaded, error) {
+// walk parses the images that begin in some regions.
+func (s *Survey) walk(regions []target.Region) ([]Loaded, error) {
 	var found []Loaded
 	for _, r := range regions {
 		if !mayStartImage(r) || len(found) > 0 && within(r, found[len(found)-1]) {
 			continue
 		}
-		l, err := imageAt(p, r, regions)
+		if err := s.ctx.Err(); err != nil {
+			return nil, err
+		}
+		l, err := imageAt(s.p, r, regions)
 		if err != nil {
 			if errors.Is(err, target.ErrGone) || errors.Is(err, target.ErrDenied) {
 				return nil, err
@@ -72,11 +68,14 @@ func imagesIn(p target.Process, regions []target.Region) ([]Loaded, error) {
 		}
 		found = append(found, l)
 		if len(found) == maxImages {
-			return nil, fmt.Errorf("cannot list images of process %d: more than %d", p.Info().PID, maxImages)
+			return nil, fmt.Errorf("cannot list images of process %d: more than %d", s.p.Info().PID, maxImages)
 		}
 	}
 	return found, nil
 }
+
+// maxImageName bounds an image's name, bytes: longer than any file's.
+const maxImageName = 255
 
 // within tells further regions of an image already found from another file
 // that lies where the image, which may lie, claims to be.
@@ -110,7 +109,7 @@ func imageAt(p target.Process, r target.Region, regions []target.Region) (Loaded
 		return Loaded{}, errNoImage
 	}
 	l := Loaded{Base: r.Start, Size: im.SizeOfImage, Path: r.Path, Image: im}
-	if name, err := im.ExportName(); err == nil && name != "" {
+	if name, err := im.ExportName(); err == nil && name != "" && len(name) <= maxImageName {
 		l.Name = name
 	} else if r.Path != "" {
 		l.Name = baseName(r.Path)

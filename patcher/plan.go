@@ -2,13 +2,14 @@ package patcher
 
 import (
 	"bytes"
+	"context"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"sort"
 
 	"hotpatchd/patcher/target"
-	"hotpatchd/pe"
 )
 
 // Plan is everything that will be written to one process, known before the
@@ -20,7 +21,8 @@ type Plan struct {
 	Reused bool   // the annex of an earlier attempt or an undone patch serves again
 	patch  *Patch
 	base   Loaded
-	image  []byte // contents of the annex, from its first byte; nil if reused
+	survey *Survey // that it was made with: to be told what is mapped
+	image  []byte  // contents of the annex, from its first byte; nil if reused
 	parts  []part
 	unwind *unwindTable  // to be registered before the swap
 	others []target.Addr // further places for the annex, should this one be taken meanwhile
@@ -42,20 +44,26 @@ func (a *AlreadyApplied) Error() string {
 // headerProbe is how much of the base's headers is compared under the freeze, bytes.
 const headerProbe = 512
 
+// Prepare makes the plan for one image of a process; see [Survey.Prepare].
+func Prepare(p target.Process, base Loaded, patch *Patch) (*Plan, error) {
+	return Look(context.Background(), p).Prepare(base, patch)
+}
+
 // Prepare makes the plan for one image, or says why there is none (*Refusal,
 // *AlreadyApplied, or an error of the process). It reads only.
-func Prepare(p target.Process, base Loaded, patch *Patch) (*Plan, error) {
+func (s *Survey) Prepare(base Loaded, patch *Patch) (*Plan, error) {
+	p := s.p
 	if err := CheckGuards(p.Info()); err != nil {
 		return nil, err
 	}
 	if err := supported(p, patch); err != nil {
 		return nil, err
 	}
-	regions, err := p.Regions()
+	regions, err := s.now()
 	if err != nil {
 		return nil, err
 	}
-	found, err := findAnnexes(p, regions, base)
+	found, err := s.annexesOf(base)
 	if err != nil {
 		return nil, err
 	}
@@ -84,7 +92,7 @@ func Prepare(p target.Process, base Loaded, patch *Patch) (*Plan, error) {
 		return nil, err
 	}
 	sum := sha256.Sum256(headers)
-	x := &Plan{patch: patch, base: base, Record: Record{
+	x := &Plan{patch: patch, base: base, survey: s, Record: Record{
 		ID: p.Info().ID, Image: patch.Image, Base: base.Base, Size: base.Size, Identity: patch.Base,
 		Product: patch.Product, Release: patch.Release, Sequence: patch.Sequence,
 		Hash: hexOf(patch.Hash), Header: hexOf(sum), Sites: sites,
@@ -101,11 +109,7 @@ func Prepare(p target.Process, base Loaded, patch *Patch) (*Plan, error) {
 		x.Previous = &older
 		x.drop(older.Sites)
 	}
-	modules, err := imagesIn(p, regions)
-	if err != nil {
-		return nil, err
-	}
-	b := binder{p: p, base: base, modules: modules, regions: regions, exports: map[target.Addr][]pe.Export{}}
+	b := binder{Survey: s, base: base}
 	if x.Binds, err = b.bind(patch); err != nil {
 		return nil, err
 	}
@@ -279,11 +283,11 @@ func (x *Plan) drop(older []Site) {
 	}
 }
 
+// regionAt finds the region that an address lies in; they are sorted.
 func regionAt(regions []target.Region, at target.Addr) (target.Region, bool) {
-	for _, r := range regions {
-		if at >= r.Start && at < r.End {
-			return r, true
-		}
+	i := sort.Search(len(regions), func(i int) bool { return regions[i].End > at })
+	if i < len(regions) && regions[i].Start <= at {
+		return regions[i], true
 	}
 	return target.Region{}, false
 }
