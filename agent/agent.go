@@ -96,24 +96,29 @@ type Agent struct {
 	checked        map[string]time.Time // record → when it was last compared with memory
 	notices        []control.Attention
 	dirty          bool
-	again          time.Time // when the next attempt is due, zero if none waits
-	hour           hour      // as of the last publication
-	freeze         string    // the backend's sentence on what it may reach
-	method         string    // how it stops threads
+	again          time.Time          // when the next attempt is due, zero if none waits
+	begins         time.Time          // until then this pass begins work on processes
+	more           bool               // this pass has left something to the next one
+	left           map[target.ID]*job // steps that do not end
+	patience       time.Duration      // stepMost
+	share          time.Duration      // turnMost
+	listing        chan listed        // of a list that was not waited for, nil if there is none
+	hour           hour               // as of the last publication
+	freeze         string             // the backend's sentence on what it may reach
+	method         string             // how it stops threads
 
 	recMu      sync.Mutex
 	records    map[string]patcher.Record
 	stateErr   error // the last write of the state failed
 	stateSince time.Time
 
+	heart   *heart
 	shown   atomic.Pointer[snapshot]
 	hub     hub
 	checkMu sync.Mutex // one refresh at a time
 }
 
 const (
-	// workers bounds how many processes are worked on side by side.
-	workers = 4
 	// factsEvery is how often the device is looked at anew.
 	factsEvery = time.Hour
 	// openTimeout bounds opening and reading one process.
@@ -137,6 +142,7 @@ func New(o Options) (*Agent, error) {
 		wake: make(chan struct{}, 1), calls: make(chan func()), done: make(chan struct{}),
 		local: map[string]repository.Offer{}, releases: map[string]*loaded{}, loading: map[string]bool{}, retryLoad: map[string]time.Time{},
 		procs: map[target.ID]*procState{}, rows: map[rowKey]row{}, checked: map[string]time.Time{}, records: map[string]patcher.Record{}, dirty: true,
+		left: map[target.ID]*job{}, patience: stepMost, share: turnMost, heart: newHeart(o.Config.Backend.ScanEvery),
 	}
 	if damage != nil {
 		if damage.Moved == "" || damage.Word { // else attention says it, until the operator has looked
@@ -211,6 +217,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	defer wg.Wait()
 	defer cancel()
 	a.watch(wctx, &wg)
+	wg.Add(1)
+	go func() { defer wg.Done(); a.watchHeart(wctx) }()
+	defer a.finish()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	woken, last := false, time.Now()
@@ -229,7 +238,9 @@ func (a *Agent) Run(ctx context.Context) error {
 			return nil
 		case <-a.store.Broken():
 		case fn := <-a.calls:
+			a.heart.at("answering a request")
 			fn()
+			a.heart.at("")
 		case <-a.wake:
 			woken = true
 		case <-timer.C:
@@ -281,21 +292,27 @@ func (a *Agent) post(fn func()) {
 var errStopping = errors.New("the daemon is stopping")
 
 // call runs fn in the loop and waits for it. What has begun is carried through
-// even if the caller goes away.
+// even if the caller goes away, or is told that the loop is stalled.
 func (a *Agent) call(ctx context.Context, fn func()) error {
 	ran := make(chan struct{})
-	select {
-	case a.calls <- func() { defer close(ran); fn() }:
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-a.done:
-		return errStopping
-	}
-	select {
-	case <-ran:
-		return nil
-	case <-a.done:
-		return errStopping
+	t := time.NewTicker(heartLook)
+	defer t.Stop()
+	calls, begun, gone := a.calls, false, ctx.Done()
+	for {
+		select {
+		case calls <- func() { defer close(ran); fn() }:
+			calls, begun, gone = nil, true, nil
+		case <-ran:
+			return nil
+		case <-gone:
+			return ctx.Err()
+		case <-a.done:
+			return errStopping
+		case <-t.C: // who waits for a loop that is dead is told so
+			if err := a.errStalled(begun); err != nil {
+				return err
+			}
+		}
 	}
 }
 
@@ -303,6 +320,9 @@ func (a *Agent) call(ctx context.Context, fn func()) error {
 // something is to be tried again.
 func (a *Agent) nextWake() time.Duration {
 	d := a.o.Config.Backend.ScanEvery
+	if a.more {
+		return leastGap // so that requests come in between
+	}
 	if !a.again.IsZero() {
 		d = min(d, max(a.again.Sub(a.o.Now()), time.Millisecond))
 	}

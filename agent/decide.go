@@ -36,7 +36,10 @@ type View struct {
 type Proc struct {
 	Info   target.Info
 	Images []ImageView
-	Err    error // why its images are not known
+	Err    error     // why its images are not known
+	Used   int       // how many times in a row it has used up its share of a pass
+	Rest   time.Time // its turn does not come before
+	Left   bool      // a step on it does not end
 }
 
 // ImageView is one image in one process, what is known of it and what was tried.
@@ -61,6 +64,7 @@ type Try struct {
 	Attempts int
 	Change   uint64 // of the process, at the time
 	Next     time.Time
+	Soonest  time.Time // even if the process changes
 }
 
 // Kind of an Intent.
@@ -89,6 +93,8 @@ type Intent struct {
 	Since   time.Time
 	Try     *Try      // the last attempt, where it is what State tells of
 	Again   time.Time // when it is tried again, zero if nothing waits for time
+
+	release *loaded // that is applied or adopted, set when it is begun
 }
 
 // what names the attempt that an intent is, as Try.Release does.
@@ -110,6 +116,7 @@ func decide(v View) []Intent {
 	var out []Intent
 	for i := range v.Procs {
 		p := &v.Procs[i]
+		first := len(out)
 		for j := range p.Images {
 			im := &p.Images[j]
 			for _, product := range productsOf(v, im) {
@@ -118,8 +125,40 @@ func decide(v View) []Intent {
 				}
 			}
 		}
+		limit(out[first:])
 	}
 	return out
+}
+
+// maxPatched bounds the images of one process that one product patches. A
+// program has a few, one of very many plug-ins some dozens; who maps one image
+// hundreds of times does so to keep us at work, or by mistake.
+const maxPatched = 64
+
+// limit refuses, by name, what goes beyond maxPatched in one process: the
+// images at the lowest addresses have their turn. What is patched stays and
+// counts, and is replaced and undone like any other.
+func limit(list []Intent) {
+	live := func(in Intent) bool { return in.Image.Records[in.Product].Live() }
+	wanted := func(in Intent) bool {
+		return !live(in) && in.Offer != nil && (in.Kind == DoApply || in.Try != nil && in.Try.Release == in.Offer.ID)
+	}
+	n := map[string]int{}
+	for _, in := range list {
+		if live(in) {
+			n[in.Product]++
+		}
+	}
+	for i, in := range list {
+		if !wanted(in) {
+			continue
+		}
+		if n[in.Product]++; n[in.Product] <= maxPatched {
+			continue
+		}
+		list[i].Kind, list[i].State, list[i].Remedy, list[i].Try, list[i].Again = DoNothing, control.Blocked, control.RemedyPolicy, nil, time.Time{}
+		list[i].Reason = because("too-many", "the process has mapped more than %d images that %s names", maxPatched, in.Offer.ID)
+	}
 }
 
 // productsOf lists what could concern an image: what is offered, and what was
@@ -291,17 +330,34 @@ func (v View) gate(in Intent) (Intent, bool) {
 // recent and nothing has changed since, repeats how that one ended.
 func (in Intent) do(v View, kind Kind) Intent {
 	in.Kind, in.State, in.Remedy = kind, control.PendingImage, control.RemedyWait
+	if in.Proc.Left {
+		in.Kind, in.State, in.Remedy = DoNothing, control.Busy, control.RemedyRestartProcess
+		in.Reason = because("hangs", "work on the process does not end: it does not let itself be read or stopped")
+		return in
+	}
 	t, ok := in.Image.Tried[in.Product]
+	rests := v.Now.Before(in.Proc.Rest) && v.Forced != in.Product
 	if !ok || t.Release != in.what() {
+		if rests {
+			in.Kind, in.Again = DoNothing, in.Proc.Rest
+			in.Reason = because("share", "the process has used up its share of the time: others come first")
+		}
 		return in
 	}
 	// A change of the process is a reason to look again, but not after an attempt
 	// that came far enough to have changed it itself.
 	changed := t.Change != in.Proc.Info.Change && t.State != control.Busy && t.State != control.Failed
-	waits := v.Now.Before(t.Next) && !changed && v.Forced != in.Product
+	next := t.Next
+	if changed && t.Soonest.Before(next) {
+		next = t.Soonest
+	}
+	waits := v.Now.Before(next) && v.Forced != in.Product
 	in = in.as(t)
-	if waits {
-		in.Kind, in.Again = DoNothing, t.Next
+	switch {
+	case waits:
+		in.Kind, in.Again = DoNothing, next
+	case rests:
+		in.Kind, in.Again = DoNothing, in.Proc.Rest
 	}
 	return in
 }

@@ -192,23 +192,40 @@ func setting(tx *store.Tx, key string, v any) error {
 	return tx.Set(key, b)
 }
 
-// recordsOf finds the records of a life and an image base, by product. Where
-// an annex waits for its turn, nothing of it is in force: the older sequence is.
-func (a *Agent) recordsOf(id target.ID, base target.Addr) map[string]patcher.Record {
+// imageKey names one place in one life where an image lies.
+type imageKey struct {
+	id   target.ID
+	base target.Addr
+}
+
+// recordsByImage sorts the records by image, then by product. Where an annex
+// waits for its turn, nothing of it is in force: the older sequence is.
+func (a *Agent) recordsByImage() map[imageKey]map[string]patcher.Record {
 	a.recMu.Lock()
 	defer a.recMu.Unlock()
-	var out map[string]patcher.Record
+	out := map[imageKey]map[string]patcher.Record{}
 	for _, r := range a.records {
-		if r.ID != id || r.Base != base {
-			continue
-		}
-		if out == nil {
-			out = map[string]patcher.Record{}
+		k := imageKey{r.ID, r.Base}
+		if out[k] == nil {
+			out[k] = map[string]patcher.Record{}
 		}
 		if r.State == patcher.Staged && r.Previous != nil {
 			r = former(r)
 		}
-		out[r.Product] = r
+		out[k][r.Product] = r
+	}
+	return out
+}
+
+// recordsOfLife are the records of one process.
+func (a *Agent) recordsOfLife(id target.ID) []patcher.Record {
+	a.recMu.Lock()
+	defer a.recMu.Unlock()
+	var out []patcher.Record
+	for _, r := range a.records {
+		if r.ID == id {
+			out = append(out, r)
+		}
 	}
 	return out
 }

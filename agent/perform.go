@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"sync"
 	"syscall"
 	"time"
 
@@ -29,21 +28,31 @@ const maxRounds = 4
 // pass is one turn of the loop: look, decide, perform, publish. forced names a
 // product that an operator works on just now.
 func (a *Agent) pass(ctx context.Context, forced string, progress progressFunc) {
+	defer a.heart.pass()
+	a.more = false
 	if a.o.Now().Sub(a.factsAt) > factsEvery {
+		a.heart.at("reading the facts of the device")
 		a.readFacts(ctx)
 	}
+	a.collect()
 	changed := a.scan(ctx)
 	changed = a.recheck(ctx) || changed
 	if !changed && !a.dirty && forced == "" && !a.due() {
 		return
 	}
+	begin := beginMost
+	if forced != "" {
+		begin = beginForced
+	}
+	a.begins = time.Now().Add(begin)
 	a.dirty = true // until a round finds nothing more to do
 	for range maxRounds {
 		if !a.round(ctx, forced, progress) {
-			a.dirty = false
+			a.dirty = a.more
 			break
 		}
 	}
+	a.heart.at("publishing how things are")
 	a.publish()
 }
 
@@ -51,6 +60,7 @@ func (a *Agent) pass(ctx context.Context, forced string, progress progressFunc) 
 // What memory says comes first: only when every patch of ours has its record is
 // it known what is in force here, and then a release may come into force.
 func (a *Agent) round(ctx context.Context, forced string, progress progressFunc) bool {
+	a.heart.at("deciding what to do")
 	v, w := a.view(forced)
 	work := decide(v)
 	if truth := kinds(work, DoRecover, DoAdopt); len(truth) > 0 {
@@ -60,6 +70,7 @@ func (a *Agent) round(ctx context.Context, forced string, progress progressFunc)
 		v, w = a.view(forced)
 		work = decide(v)
 	}
+	a.heart.at("bringing releases into force")
 	if a.comeIntoForce(ctx, v, w, work) {
 		v, _ = a.view(forced)
 		work = decide(v)
@@ -195,50 +206,6 @@ type outcome struct {
 	gone   bool
 }
 
-// perform carries the intents out: one at a time within a process, several
-// processes side by side. It reports whether memory was changed.
-func (a *Agent) perform(ctx context.Context, all []Intent, by control.Caller, progress progressFunc) bool {
-	byLife := map[target.ID][]Intent{}
-	var order []target.ID
-	for _, in := range all {
-		if in.Kind == DoAdopt && !a.known(ctx, in.Claim.Release) {
-			continue // being loaded: its end wakes the loop
-		}
-		if byLife[in.Proc.Info.ID] == nil {
-			order = append(order, in.Proc.Info.ID)
-		}
-		byLife[in.Proc.Info.ID] = append(byLife[in.Proc.Info.ID], in)
-	}
-	total := 0
-	for _, l := range byLife {
-		total += len(l)
-	}
-	results := make(chan []outcome)
-	slots := make(chan struct{}, workers)
-	var wg sync.WaitGroup
-	for _, id := range order {
-		wg.Add(1)
-		go func(list []Intent) {
-			defer wg.Done()
-			slots <- struct{}{}
-			defer func() { <-slots }()
-			results <- a.work(ctx, list, by)
-		}(byLife[id])
-	}
-	go func() { wg.Wait(); close(results) }()
-	changed, done := false, 0
-	for list := range results {
-		for _, o := range list {
-			done++
-			changed = a.settle(o) || changed
-			if progress != nil {
-				progress(a.progressOf(o, done, total))
-			}
-		}
-	}
-	return changed
-}
-
 // settle remembers how an intent ended; true if memory was changed or a record made.
 func (a *Agent) settle(o outcome) bool {
 	p := a.procs[o.intent.Proc.Info.ID]
@@ -270,6 +237,7 @@ func (a *Agent) settle(o outcome) bool {
 				o.try.Attempts += old.Attempts
 			}
 			o.try.Next = a.nextTry(*o.try)
+			o.try.Soonest = a.o.Now().Add(min(changeMost, changeAgain*time.Duration(o.try.Attempts*o.try.Attempts)))
 			o.try.Change = p.info.Change
 			im.Tried[o.intent.Product] = *o.try
 		}
@@ -290,10 +258,15 @@ func (a *Agent) adopted(c patcher.Claim) {
 // Waits before an image is tried again. Every one is bounded; none is zero.
 const (
 	busyAgain    = 200 * time.Millisecond // within the policy's busy budget
-	guardAgain   = 5 * time.Second        // a tracer detaches, a page is bound
-	blockedAgain = 5 * time.Minute        // nothing is expected to change but by a change of the process
-	failedFirst  = time.Second            // doubled with each failure
-	failedMost   = 10 * time.Minute
+	guardAgain   = 5 * time.Second        // a tracer detaches, a page is bound; doubled each time
+	guardMost    = 2 * time.Minute
+	blockedAgain = 5 * time.Minute // nothing is expected to change but by a change of the process
+	// A change of the process is a reason to try at once, but not for ever:
+	// changeAgain, times the square of the attempts, up to changeMost.
+	changeAgain = 50 * time.Millisecond
+	changeMost  = 30 * time.Second
+	failedFirst = time.Second // doubled with each failure
+	failedMost  = 10 * time.Minute
 )
 
 func (a *Agent) nextTry(t Try) time.Time {
@@ -313,55 +286,17 @@ func (a *Agent) nextTry(t Try) time.Time {
 	case control.Blocked:
 		// Who shares memory is mostly a vfork child, and that is over soon.
 		if t.Remedy == control.RemedyWait || t.Reason.Code == string(target.GuardShared) {
-			return now.Add(guardAgain)
+			return now.Add(min(guardMost, guardAgain<<min(t.Attempts-1, 10)))
 		}
 	}
 	return now.Add(blockedAgain)
 }
 
-// work opens one process and does what was decided, one image at a time.
-func (a *Agent) work(ctx context.Context, list []Intent, by control.Caller) []outcome {
-	info := list[0].Proc.Info
-	out := make([]outcome, 0, len(list))
-	octx, cancel := context.WithTimeout(ctx, openTimeout)
-	p, err := a.o.Backend.Open(octx, info.ID)
-	cancel()
-	if err != nil {
-		for _, in := range list {
-			out = append(out, a.failed(in, err))
-		}
-		return out
-	}
-	defer p.Close()
-	x := a.patcherFor(info, by)
-	for _, in := range list {
-		var err error
-		switch in.Kind {
-		case DoApply:
-			err = a.apply(ctx, x, p, in)
-		case DoRecover:
-			_, err = x.Recover(ctx, p, in.Image.Records[in.Product])
-		case DoUndo:
-			_, err = x.Undo(ctx, p, in.Image.Records[in.Product])
-		case DoAdopt:
-			err = a.adopt(ctx, x, p, in)
-		}
-		if err != nil {
-			out = append(out, a.failed(in, err))
-			continue
-		}
-		a.log.Info("done", zap.String("what", string(in.Kind)), zap.Int("pid", info.PID), zap.String("exe", programOf(info)),
-			zap.String("image", in.Image.Name), zap.String("product", in.Product))
-		out = append(out, outcome{intent: in, done: true})
-	}
-	return out
-}
-
 // apply tries the bases of the release whose headers agree; the code decides
 // between builds with equal headers.
-func (a *Agent) apply(ctx context.Context, x *patcher.Patcher, p target.Process, in Intent) error {
-	l := a.releases[in.Offer.ID]
-	base, err := loadedAt(p, in.Image.Base)
+func (a *Agent) apply(ctx context.Context, x *patcher.Patcher, s *patcher.Survey, p target.Process, in Intent) error {
+	l := in.release
+	base, err := s.At(in.Image.Base)
 	if err != nil {
 		return err
 	}
@@ -371,13 +306,13 @@ func (a *Agent) apply(ctx context.Context, x *patcher.Patcher, p target.Process,
 			continue
 		}
 		var plan *patcher.Plan
-		if plan, err = patcher.Prepare(p, base, patch); err == nil {
+		if plan, err = s.Prepare(base, patch); err == nil {
 			_, err = x.Apply(ctx, p, plan)
 			return err
 		}
 		var already *patcher.AlreadyApplied
 		if errors.As(err, &already) {
-			_, err = x.Adopt(ctx, p, base, patch)
+			_, err = x.AdoptSeen(s, base, patch)
 			return err
 		}
 		var r *patcher.Refusal
@@ -389,8 +324,8 @@ func (a *Agent) apply(ctx context.Context, x *patcher.Patcher, p target.Process,
 }
 
 // adopt takes over a patch of ours that has no record.
-func (a *Agent) adopt(ctx context.Context, x *patcher.Patcher, p target.Process, in Intent) error {
-	l := a.releases[in.Claim.Release]
+func (a *Agent) adopt(x *patcher.Patcher, s *patcher.Survey, in Intent) error {
+	l := in.release
 	if l == nil {
 		return &patcher.Refusal{Reason: patcher.Blocked, Code: "unknown-release", Remedy: patcher.Wait,
 			Text: "patched by " + in.Claim.Release + ", which no verified metadata names"}
@@ -398,7 +333,7 @@ func (a *Agent) adopt(ctx context.Context, x *patcher.Patcher, p target.Process,
 	if l.problem.Code != "" {
 		return &patcher.Refusal{Reason: patcher.Blocked, Code: l.problem.Code, Remedy: patcher.Wait, Text: l.problem.Text}
 	}
-	base, err := loadedAt(p, in.Image.Base)
+	base, err := s.At(in.Image.Base)
 	if err != nil {
 		return err
 	}
@@ -407,7 +342,7 @@ func (a *Agent) adopt(ctx context.Context, x *patcher.Patcher, p target.Process,
 		if !sameHeaders(patch.Base, in.Image.Identity) {
 			continue
 		}
-		if _, err = x.Adopt(ctx, p, base, patch); err == nil {
+		if _, err = x.AdoptSeen(s, base, patch); err == nil {
 			return nil
 		}
 	}
@@ -417,22 +352,6 @@ func (a *Agent) adopt(ctx context.Context, x *patcher.Patcher, p target.Process,
 	}
 	return err
 }
-
-// loadedAt finds the image at base, as it is now.
-func loadedAt(p target.Process, base target.Addr) (patcher.Loaded, error) {
-	images, err := patcher.Images(p)
-	if err != nil {
-		return patcher.Loaded{}, err
-	}
-	for _, l := range images {
-		if l.Base == base {
-			return l, nil
-		}
-	}
-	return patcher.Loaded{}, errUnloaded
-}
-
-var errUnloaded = errors.New("the image was unloaded")
 
 // failed turns an error into what is remembered and shown.
 func (a *Agent) failed(in Intent, err error) outcome {
@@ -456,7 +375,7 @@ func (a *Agent) failed(in Intent, err error) outcome {
 		t.State, t.Remedy, t.Reason = control.Blocked, control.RemedyPolicy, because("denied", "the system refuses access to the process")
 	case errors.Is(err, target.ErrBusy):
 		t.State, t.Reason = control.Busy, because("freeze", "a thread could not be stopped in time")
-	case errors.Is(err, errUnloaded):
+	case errors.Is(err, patcher.ErrUnloaded):
 		t.Reason = because("unloaded", "the image was unloaded meanwhile")
 	}
 	a.log.Info("not done", zap.String("what", string(in.Kind)), zap.Int("pid", in.Proc.Info.PID), zap.String("image", in.Image.Name),
@@ -515,19 +434,19 @@ func (a *Agent) recoverAll(ctx context.Context) {
 }
 
 func (a *Agent) recoverOne(ctx context.Context, r patcher.Record) error {
-	octx, cancel := context.WithTimeout(ctx, openTimeout)
-	defer cancel()
-	p, err := a.o.Backend.Open(octx, r.ID)
-	if errors.Is(err, target.ErrGone) {
-		a.forget(r, "the process is over")
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer p.Close()
-	before := r.State
-	r, err = a.patcherFor(p.Info(), own).Recover(ctx, p, r)
-	a.log.Info("record recovered", zap.Int("pid", r.ID.PID), zap.String("image", r.Image), zap.String("was", string(before)), zap.String("is", string(r.State)), zap.Error(err))
+	_, err := aside(ctx, a, target.Info{ID: r.ID, Image: r.Image}, "recovering", openTimeout, func(octx context.Context) (bool, error) {
+		p, err := a.o.Backend.Open(octx, r.ID)
+		if errors.Is(err, target.ErrGone) {
+			a.forget(r, "the process is over")
+			return false, nil
+		}
+		if err != nil {
+			return false, err
+		}
+		defer p.Close()
+		got, err := a.patcherFor(p.Info(), own).Recover(ctx, p, r)
+		a.log.Info("record recovered", zap.Int("pid", r.ID.PID), zap.String("image", r.Image), zap.String("was", string(r.State)), zap.String("is", string(got.State)), zap.Error(err))
+		return true, err
+	})
 	return err
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"time"
 
 	"hotpatchd/agent/control"
 	"hotpatchd/agent/repository"
@@ -37,13 +38,28 @@ func (a *Agent) Plan(ctx context.Context, c control.Caller, q control.PlanQuery)
 		doc.Refused = &control.Refusal{Code: string(refused.Code), Text: refused.Text, Hint: refused.Hint}
 	}
 	found := q.PID == 0
+	late := 0
 	err := a.call(ctx, func() {
+		began, policy := time.Now(), a.policy
 		for _, p := range a.procs {
 			if q.PID != 0 && p.info.PID != q.PID {
 				continue
 			}
 			found = true
-			if pp, ok := a.planProcess(ctx, p, l, q.PID != 0); ok {
+			if time.Since(began) > beginForced {
+				late++
+				continue
+			}
+			pp, err := aside(ctx, a, p.info, "planning for", lookMost, func(ctx context.Context) (control.PlannedProcess, error) {
+				return a.planProcess(ctx, p, l, policy, q.PID != 0), nil
+			})
+			if err != nil { // its rows say why
+				if q.PID != 0 {
+					late++
+				}
+				continue
+			}
+			if len(pp.Images) > 0 {
 				doc.Coverage.Processes++
 				for _, im := range pp.Images {
 					doc.Coverage.Add(im.State)
@@ -52,6 +68,9 @@ func (a *Agent) Plan(ctx context.Context, c control.Caller, q control.PlanQuery)
 			}
 		}
 	})
+	if err == nil && late > 0 {
+		err = control.Errorf(control.CodeConflict, "%s could not be looked into in time; hotpatch plan --pid N looks into one", counted(late, "process", "processes"))
+	}
 	if err == nil && !found {
 		err = &control.Error{Code: control.CodeNotFound, Text: fmt.Sprintf("no process %d, or none that can be seen", q.PID)}
 	}
@@ -59,14 +78,14 @@ func (a *Agent) Plan(ctx context.Context, c control.Caller, q control.PlanQuery)
 	return doc, err
 }
 
-func (a *Agent) planProcess(ctx context.Context, p *procState, l *loaded, full bool) (control.PlannedProcess, bool) {
+// planProcess plans for the images of one process. One that is over has none.
+func (a *Agent) planProcess(ctx context.Context, p *procState, l *loaded, policy *Policy, full bool) control.PlannedProcess {
 	out := control.PlannedProcess{PID: p.info.PID, Start: p.info.Start, Exe: programOf(p.info), User: p.info.User, Unit: p.info.Unit, UID: p.info.UID, Images: []control.PlannedImage{}}
 	if p.info.Image != "" {
 		out.Host = p.info.Host
 	}
-	ctx, cancel := context.WithTimeout(ctx, openTimeout)
-	defer cancel()
 	var process target.Process
+	var s *patcher.Survey
 	for _, im := range p.images {
 		named, same := match(&l.offer, &im.ImageView)
 		if !named && !same {
@@ -81,31 +100,33 @@ func (a *Agent) planProcess(ctx context.Context, p *procState, l *loaded, full b
 				var err error
 				if process, err = a.o.Backend.Open(ctx, p.info.ID); err != nil {
 					if errors.Is(err, target.ErrGone) {
-						return out, false
+						out.Images = nil
+						return out
 					}
 					a.refused(&pi, err)
 					out.Images = append(out.Images, pi)
 					continue
 				}
 				defer process.Close()
+				s = patcher.Look(ctx, process)
 			}
-			a.planImage(ctx, process, im, l, &pi, &out, full)
+			a.planImage(ctx, process, s, im, l, policy, &pi, &out, full)
 		}
 		out.Images = append(out.Images, pi)
 	}
-	return out, len(out.Images) > 0
+	return out
 }
 
 // planImage prepares the plan of one image and shows it.
-func (a *Agent) planImage(ctx context.Context, p target.Process, im *imageState, l *loaded, out *control.PlannedImage, proc *control.PlannedProcess, full bool) {
-	base, err := loadedAt(p, im.Base)
+func (a *Agent) planImage(ctx context.Context, p target.Process, s *patcher.Survey, im *imageState, l *loaded, policy *Policy, out *control.PlannedImage, proc *control.PlannedProcess, full bool) {
+	base, err := s.At(im.Base)
 	var plan *patcher.Plan
 	for _, patch := range l.patches {
 		if err != nil || !sameHeaders(patch.Base, im.Identity) {
 			continue
 		}
 		var r *patcher.Refusal
-		plan, err = patcher.Prepare(p, base, patch)
+		plan, err = s.Prepare(base, patch)
 		if errors.As(err, &r) && r.Reason == patcher.OtherBuild {
 			out.Reason, err = r.Text, nil
 			continue
@@ -124,7 +145,7 @@ func (a *Agent) planImage(ctx context.Context, p target.Process, im *imageState,
 		return
 	}
 	out.State, out.ReasonCode, out.Reason, out.Remedy = control.Patched, "", "", control.RemedyNone
-	if r, denied := a.deniedByPolicy(p.Info(), im.Name, im.Path); denied {
+	if r, denied := a.deniedBy(policy, p.Info(), im.Name, im.Path); denied {
 		out.State, out.ReasonCode, out.Reason, out.Remedy = control.Blocked, r.Code, r.Text, control.RemedyPolicy
 	}
 	if plan.Previous != nil {
@@ -142,14 +163,20 @@ func (a *Agent) planImage(ctx context.Context, p target.Process, im *imageState,
 // the path of its file, in a process; or whether the system's own hotpatches
 // are in the way: an entry that we redirect makes Windows refuse its hotpatch of that image.
 func (a *Agent) deniedByPolicy(info target.Info, name, path string) (reason, bool) {
+	return a.deniedBy(a.policy, info, name, path)
+}
+
+// deniedBy is deniedByPolicy by a policy that was in force when a step beside
+// the loop began.
+func (a *Agent) deniedBy(p *Policy, info target.Info, name, path string) (reason, bool) {
 	if a.o.SystemImage != nil && path != "" && a.o.SystemImage(path) {
 		return because("os-hotpatch", "Windows hotpatches its own images on this device: %s is left to it", name), true
 	}
-	if a.policy == nil {
+	if p == nil {
 		return reason{}, false
 	}
 	for _, image := range []string{name, path} {
-		if d, ok := a.policy.Denied(programOf(info), info.User, image); ok {
+		if d, ok := p.Denied(programOf(info), info.User, image); ok {
 			return because("denied", "denied by policy: %s", d), true
 		}
 	}

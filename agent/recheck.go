@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"maps"
 	"slices"
 	"time"
 
@@ -26,19 +27,29 @@ func (a *Agent) recheck(ctx context.Context) (changed bool) {
 	now := a.o.Now()
 	live := a.allRecords()
 	live = slices.DeleteFunc(live, func(r patcher.Record) bool { return r.State != patcher.Applied })
+	keys := make(map[string]patcher.Record, len(live))
+	for _, r := range live {
+		keys[r.Key()] = r
+	}
 	for key := range a.checked {
-		if !slices.ContainsFunc(live, func(r patcher.Record) bool { return r.Key() == key }) {
+		if _, ok := keys[key]; !ok {
 			delete(a.checked, key)
 		}
 	}
 	batch := 1 + len(live)*int(a.o.Config.Backend.ScanEvery)/int(recheckEvery)
-	slices.SortFunc(live, func(x, y patcher.Record) int { return a.checked[x.Key()].Compare(a.checked[y.Key()]) })
-	for _, r := range live[:min(batch, len(live))] {
-		switch last, known := a.checked[r.Key()]; {
+	order := slices.SortedFunc(maps.Keys(keys), func(x, y string) int { return a.checked[x].Compare(a.checked[y]) })
+	began := time.Now()
+	for _, key := range order[:min(batch, len(order))] {
+		if time.Since(began) > scanMost {
+			break // those of a process that is slow to answer
+		}
+		r := keys[key]
+		switch last, known := a.checked[key]; {
+		case a.left[r.ID] != nil:
 		case !known:
-			a.checked[r.Key()] = now // written or recovered just now
+			a.checked[key] = now // written or recovered just now
 		case now.Sub(last) >= recheckEvery:
-			a.checked[r.Key()] = now
+			a.checked[key] = now
 			changed = a.recheckOne(ctx, r) || changed
 		}
 	}
@@ -48,14 +59,17 @@ func (a *Agent) recheck(ctx context.Context) (changed bool) {
 // recheckOne asks memory about one record. Entries that are original again are
 // no record's any more, and the image has its turn like a new one.
 func (a *Agent) recheckOne(ctx context.Context, r patcher.Record) bool {
-	octx, cancel := context.WithTimeout(ctx, openTimeout)
-	defer cancel()
-	p, err := a.o.Backend.Open(octx, r.ID)
-	if err != nil {
+	got, err := aside(ctx, a, target.Info{ID: r.ID, Image: r.Image}, "comparing", openTimeout, func(octx context.Context) (patcher.Record, error) {
+		p, err := a.o.Backend.Open(octx, r.ID)
+		if err != nil {
+			return r, errNotOpened
+		}
+		defer p.Close()
+		return a.patcherFor(p.Info(), own).Recover(ctx, p, r)
+	})
+	if errors.Is(err, errNotOpened) || errors.Is(err, errLeft) {
 		return false // the scan tells of processes that are over
 	}
-	defer p.Close()
-	got, err := a.patcherFor(p.Info(), own).Recover(ctx, p, r)
 	if err == nil && got.State == patcher.Applied {
 		return a.remember(r, nil)
 	}
@@ -67,6 +81,8 @@ func (a *Agent) recheckOne(ctx context.Context, r patcher.Record) bool {
 	}
 	return !errors.Is(err, target.ErrGone)
 }
+
+var errNotOpened = errors.New("the process could not be opened")
 
 // remember keeps what a recheck found at an image, or that all is well again.
 func (a *Agent) remember(r patcher.Record, t *Try) bool {

@@ -24,6 +24,7 @@ import (
 	"hotpatchd/agent/store"
 	"hotpatchd/eligibility"
 	"hotpatchd/eligibility/probe"
+	"hotpatchd/patcher/target"
 	"hotpatchd/patcher/target/sim"
 )
 
@@ -56,6 +57,9 @@ type rig struct {
 	dead    atomic.Bool  // we are dead: nothing is written any more
 	updates atomic.Int64 // transactions so far
 	dieOnTx atomic.Int64 // die just before (odd) or after (even) transaction n/2
+
+	backend target.Backend // nil: m itself
+	tune    func(*Agent)   // before the loop begins
 
 	life *life // the daemon that runs now, nil if none
 }
@@ -160,8 +164,12 @@ func (r *rig) start() error {
 	r.mu.Unlock()
 	r.dieOnTx.Store(0)
 	ready := make(chan struct{})
+	backend := r.backend
+	if backend == nil {
+		backend = r.m
+	}
 	a, err := New(Options{
-		Config: r.cfg, Backend: r.m, Boot: r.boot, Log: r.log(), Version: "test", Now: r.now,
+		Config: r.cfg, Backend: backend, Boot: r.boot, Log: r.log(), Version: "test", Now: r.now,
 		Facts: func(context.Context) eligibility.Facts {
 			r.mu.Lock()
 			defer r.mu.Unlock()
@@ -179,6 +187,9 @@ func (r *rig) start() error {
 		return err
 	}
 	a.store = &mortal{state: a.store, r: r}
+	if r.tune != nil {
+		r.tune(a)
+	}
 	l := &life{agent: a, client: control.Dial(r.cfg.Control.Socket), ran: make(chan error, 1), served: make(chan error, 1)}
 	ln, err := control.Listen(r.cfg.Control.Socket)
 	if err != nil {

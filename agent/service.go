@@ -26,7 +26,7 @@ var _ control.Service = (*Agent)(nil)
 
 // Status, Eligibility and Offers read the published snapshot.
 func (a *Agent) Status(context.Context, control.Caller) (*control.Status, error) {
-	s := a.shown.Load().status
+	s := a.asOfNow(a.shown.Load().status)
 	return &s, nil
 }
 
@@ -141,6 +141,8 @@ func sooner(a, b repository.Offer, w wishes) bool {
 
 // Install brings a release into force now. It lifts a hold on it.
 func (a *Agent) Install(ctx context.Context, c control.Caller, r control.InstallRequest, progress func(control.Event)) (*control.Change, error) {
+	progress, over := whileAsked(progress)
+	defer over()
 	verified := ""
 	if r.File != nil {
 		id, err := a.takeFile(ctx, c, r)
@@ -357,6 +359,8 @@ func (a *Agent) takeFile(ctx context.Context, c control.Caller, r control.Instal
 
 // Rollback takes a release out, back to the one before, and holds it.
 func (a *Agent) Rollback(ctx context.Context, c control.Caller, r control.RollbackRequest, progress func(control.Event)) (*control.Change, error) {
+	progress, over := whileAsked(progress)
+	defer over()
 	ch := &control.Change{Action: "rollback"}
 	var cerr *control.Error
 	err := a.call(ctx, func() { cerr = a.rollback(c, r.ID, ch, progress) })
@@ -671,14 +675,14 @@ func (a *Agent) Verify(ctx context.Context, c control.Caller) (*control.Verify, 
 }
 
 func (a *Agent) verifyOne(ctx context.Context, r patcher.Record) ([]patcher.Mismatch, error) {
-	ctx, cancel := context.WithTimeout(ctx, openTimeout)
-	defer cancel()
-	p, err := a.o.Backend.Open(ctx, r.ID)
-	if err != nil {
-		return nil, err
-	}
-	defer p.Close()
-	return patcher.Verify(p, r)
+	return aside(ctx, a, target.Info{ID: r.ID, Image: r.Image}, "verifying", openTimeout, func(ctx context.Context) ([]patcher.Mismatch, error) {
+		p, err := a.o.Backend.Open(ctx, r.ID)
+		if err != nil {
+			return nil, err
+		}
+		defer p.Close()
+		return patcher.Verify(p, r)
+	})
 }
 
 // History returns what was done, newest first.

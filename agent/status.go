@@ -329,7 +329,7 @@ func (a *Agent) state(v View, w wishes, s *snapshot) control.State {
 		return control.Incomplete
 	case c.Pending > 0:
 		return control.Pending
-	case a.denied > 0: // what is not seen is not called well
+	case a.denied > 0, len(a.left) > 0: // what is not seen is not called well
 		return control.Incomplete
 	case c.Patched > 0:
 		return control.Hotpatched

@@ -1,7 +1,6 @@
 package patcher
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -90,22 +89,15 @@ func (s *Survey) Images() ([]Loaded, error) {
 // ErrUnloaded: no image lies where one was.
 var ErrUnloaded = errors.New("the image was unloaded")
 
-// At is the image at base, its headers read anew; ErrUnloaded if there is none.
+// At is the image that was found at base, its headers read anew; ErrUnloaded if
+// there is none any more.
 func (s *Survey) At(base target.Addr) (Loaded, error) {
-	images, err := s.Images()
-	if err != nil {
-		return Loaded{}, err
-	}
-	i, ok := slices.BinarySearchFunc(images, base, func(l Loaded, at target.Addr) int { return cmp.Compare(l.Base, at) })
-	if !ok {
-		return Loaded{}, ErrUnloaded
-	}
 	regions, err := s.now()
 	if err != nil {
 		return Loaded{}, err
 	}
-	r, ok := regionAt(regions, images[i].Base)
-	if !ok || r.Start != base {
+	r, ok := regionAt(regions, base)
+	if !ok || r.Start != base || !mayStartImage(r) {
 		return Loaded{}, ErrUnloaded
 	}
 	l, err := imageAt(s.p, r, regions)
