@@ -362,8 +362,8 @@ func TestAliveWhileItGetsOn(t *testing.T) {
 	close(hold)
 }
 
-// A list that does not end is not waited for, and what it tells in the end is
-// not believed: nobody is forgotten.
+// A list that does not end is not waited for: what is known stays known, and
+// all is well when it ends.
 func TestListThatHangs(t *testing.T) {
 	if testing.Short() {
 		t.Skip("needs the time that a list is given")
