@@ -205,7 +205,10 @@ func (a *Agent) perform(ctx context.Context, all []Intent, by control.Caller, pr
 	defer end.Stop()
 	for {
 		for len(queue) > 0 && len(running) < workers {
-			if ctx.Err() != nil || !time.Now().Before(a.begins) || len(a.left) >= mostLeft {
+			if len(a.left) >= mostLeft {
+				break // until one of them ends
+			}
+			if ctx.Err() != nil || !time.Now().Before(a.begins) {
 				a.more = true
 				break
 			}
@@ -233,7 +236,7 @@ func (a *Agent) perform(ctx context.Context, all []Intent, by control.Caller, pr
 			for j := range running {
 				a.leave(j)
 			}
-			a.more = a.more || len(queue) > 0
+			a.more = a.more || len(queue) > 0 && len(a.left) < mostLeft
 			return changed
 		}
 	}
