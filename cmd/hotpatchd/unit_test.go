@@ -48,7 +48,7 @@ func TestUnitKeepsWhatTracingNeeds(t *testing.T) {
 		"SystemCallFilter":        "@debug kcmp process_vm_readv process_vm_writev",
 		"RestrictAddressFamilies": "AF_UNIX AF_INET AF_INET6 AF_NETLINK",
 		"Restart":                 "on-failure",
-		"Nice":                    "-10", // or pauses grow with the load of the machine
+		"Nice":                    "-10",  // or pauses grow with the load of the machine
 		"RuntimeDirectoryMode":    "0755", // operators who are not root reach the socket in it
 	} {
 		for _, w := range strings.Fields(words) {
