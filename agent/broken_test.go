@@ -108,13 +108,21 @@ func TestReadersWaitForNobody(t *testing.T) {
 	must(t, os.WriteFile(huge, nil, 0o600))
 	must(t, os.Truncate(huge, 3<<30))
 	files := map[string]string{huge: "longer than", folder: "not a regular file"}
-	if err := exec.Command("mkfifo", pipe).Run(); err == nil {
-		files[pipe] = "not a regular file"
-	} else if runtime.GOOS != "windows" {
-		needs(t, "mkfifo")
-	}
-	if info, err := os.Stat("/dev/zero"); err == nil && info.Mode()&os.ModeCharDevice != 0 {
+	switch info, err := os.Stat("/dev/zero"); {
+	case runtime.GOOS == "windows":
+		pipe = `\\.\pipe\` + filepath.Base(filepath.Dir(folder))
+		l, err := control.Listen(pipe) // takes whoever comes, and says nothing
+		must(t, err)
+		defer l.Close()
+		files[pipe], files[`\\.\NUL`] = "not a regular file", "not a regular file"
+	case err == nil && info.Mode()&os.ModeCharDevice != 0:
 		files["/dev/zero"] = "not a regular file"
+		fallthrough
+	default:
+		if err := exec.Command("mkfifo", pipe).Run(); err != nil {
+			needs(t, "mkfifo")
+		}
+		files[pipe] = "not a regular file"
 	}
 	for file, want := range files {
 		for reader, read := range map[string]func() error{
