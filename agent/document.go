@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"reflect"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -40,10 +41,28 @@ func readDocument(file string) ([]byte, error) { return readRegular(file, maxDoc
 // ReadRoot reads a root of trust, root.json.
 func ReadRoot(file string) ([]byte, error) { return readRegular(file, maxRoot) }
 
-// readRegular reads a regular file of at most most bytes. It waits for nobody:
-// whoever puts a pipe in the place of a file must not stop the daemon.
+// On Windows a program may keep everybody else from a file while it writes it:
+// that is no wrong file. Who writes some kilobytes is done within a second.
+const (
+	errorSharingViolation = syscall.Errno(32) // Windows' system error code
+	sharingPause          = 20 * time.Millisecond
+	sharingTries          = 50
+)
+
+func openShared(file string) (*os.File, error) {
+	for n := 1; ; n++ {
+		f, err := os.OpenFile(file, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+		if n == sharingTries || runtime.GOOS != "windows" || !errors.Is(err, errorSharingViolation) {
+			return f, err
+		}
+		time.Sleep(sharingPause)
+	}
+}
+
+// readRegular reads a regular file of at most most bytes. It waits for nobody's
+// words: whoever puts a pipe in the place of a file must not stop the daemon.
 func readRegular(file string, most int64) ([]byte, error) {
-	f, err := os.OpenFile(file, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	f, err := openShared(file)
 	if err != nil {
 		return nil, err
 	}
