@@ -92,6 +92,7 @@ type Agent struct {
 	scanErr        error
 	scanCost       time.Duration // of looking at the processes, the last time
 	denied         int           // processes that could not be looked into
+	unread         int           // processes that have mapped too much to be looked into
 	rows           map[rowKey]row
 	checked        map[string]time.Time // record → when it was last compared with memory
 	notices        []control.Attention

@@ -62,6 +62,9 @@ func (a *Agent) attention(v View, s *snapshot, holds []control.Hold) []control.A
 	if a.denied > 0 {
 		add("not-looked-into", control.SeverityWarning, fmt.Sprintf("processes that could not be looked into, because the system refuses access: %d", a.denied), "hotpatch eligibility, check rights; this daemon may reach: "+a.freeze, now, public)
 	}
+	if a.unread > 0 {
+		add("not-looked-into", control.SeverityWarning, fmt.Sprintf("processes that have mapped too much to be looked into: %d", a.unread), "the log names them; end them, or leave them as they are", now, public)
+	}
 	for id, j := range a.left {
 		add("hangs", control.SeverityError, fmt.Sprintf("%s, process %d, does not let itself be read or stopped: %s it has not ended", lastElement(programOf(j.info)), id.PID, j.step),
 			string(control.RemedyRestartProcess), control.At(v.Now.Add(-time.Since(j.since))), control.Scope{OfUser: true, UID: j.info.UID})

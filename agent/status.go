@@ -210,7 +210,7 @@ func (a *Agent) showStatus(v View, w wishes, s *snapshot) control.Status {
 		Eligible: a.verdict.Eligible, Coverage: s.processes.Coverage, Releases: []control.ActiveRelease{}, Attention: []control.Attention{},
 		Holds: []control.Hold{}, Waived: []string{}, Fails: openChecks(a.verdict), Paused: v.Paused.Code != "", Mode: string(w.Mode),
 		Scanned:    control.At(a.scannedAt),
-		Unseen:     a.denied,
+		Unseen:     a.denied + a.unread,
 		Repository: control.Repository{URL: a.o.Config.Repository.URL, LastCheck: control.At(a.checkedAt), Expires: control.At(a.expires), Error: a.repoErr},
 		Device:     control.Device{OS: a.device.OS, Arch: a.device.Arch, Build: a.device.Build, Edition: a.device.Edition, ID: a.device.ID},
 		Backend:    control.Backend{Name: a.o.Backend.Name(), Freeze: a.method},
@@ -329,7 +329,7 @@ func (a *Agent) state(v View, w wishes, s *snapshot) control.State {
 		return control.Incomplete
 	case c.Pending > 0:
 		return control.Pending
-	case a.denied > 0, len(a.left) > 0: // what is not seen is not called well
+	case a.denied > 0, a.unread > 0, len(a.left) > 0: // what is not seen is not called well
 		return control.Incomplete
 	case c.Patched > 0:
 		return control.Hotpatched

@@ -253,6 +253,36 @@ func TestProcessThatHangsInWork(t *testing.T) {
 	}))
 }
 
+// overfull is a machine on which one process has mapped more than is looked at.
+type overfull struct{ *sim.Machine }
+
+func (o overfull) Open(ctx context.Context, id target.ID) (target.Process, error) {
+	p, err := o.Machine.Open(ctx, id)
+	if err != nil || id.PID != greedy {
+		return p, err
+	}
+	return full{p}, nil
+}
+
+type full struct{ target.Process }
+
+func (full) Regions() ([]target.Region, error) { return nil, patcher.ErrTooManyImages }
+
+// A process that has mapped more than is looked at is not called well.
+func TestProcessThatIsNotLookedInto(t *testing.T) {
+	r, s := slowRig(t, 1)
+	r.backend = overfull{s.Machine}
+	must(t, r.start())
+	defer func() { must(t, errors.Join(r.judge(), r.stop())) }()
+	must(t, r.until(func() string {
+		st, err := r.life.client.Status(context.Background())
+		if err != nil || st.Coverage.Patched != 1 || st.State != control.Incomplete || st.Unseen != 1 || !attends(st, "not-looked-into") {
+			return fmt.Sprintf("%+v %v", st, err)
+		}
+		return ""
+	}))
+}
+
 func attends(st *control.Status, code string) bool {
 	for _, a := range st.Attention {
 		if a.Code == code {

@@ -96,10 +96,14 @@ func (a *Agent) scan(ctx context.Context) bool {
 			changed = true
 		}
 	}
-	a.denied = 0
+	a.denied, a.unread = 0, 0
 	for _, p := range a.procs {
 		if errors.Is(p.err, target.ErrDenied) && p.info.Image == "" && !neverTouched(p.info) {
 			a.denied++
+		}
+		// What is over the caps or does not answer; a single failure passes by itself.
+		if errors.Is(p.err, patcher.ErrTooManyImages) || errors.Is(p.err, context.DeadlineExceeded) {
+			a.unread++
 		}
 	}
 	if !a.more || !a.scannedAt.IsZero() { // the first scan is done when all was seen
@@ -184,6 +188,9 @@ func (a *Agent) look(ctx context.Context, info target.Info) error {
 	}
 	if err != nil {
 		p.err, p.again = err, a.o.Now().Add(lookAgain)
+		if (old == nil || old.err == nil) && !errors.Is(err, target.ErrDenied) {
+			a.log.Warn("cannot look into a process", zap.Int("pid", info.PID), zap.String("exe", programOf(info)), zap.Error(err))
+		}
 		if old != nil {
 			p.images = old.images // what was known stays known
 		}

@@ -46,6 +46,9 @@ func (m memory) ReadAt(b []byte, off int64) (int, error) {
 // maxImages bounds the images of one process: real ones have a few hundred.
 const maxImages = 4096
 
+// ErrTooManyImages: the process has mapped more images than are looked at.
+var ErrTooManyImages = fmt.Errorf("more than %d images", maxImages)
+
 // Images finds the PE images of a process; see [Survey.Images].
 func Images(p target.Process) ([]Loaded, error) { return Look(context.Background(), p).Images() }
 
@@ -66,10 +69,10 @@ func (s *Survey) walk(regions []target.Region) ([]Loaded, error) {
 			}
 			continue
 		}
-		found = append(found, l)
 		if len(found) == maxImages {
-			return nil, fmt.Errorf("cannot list images of process %d: more than %d", s.p.Info().PID, maxImages)
+			return nil, fmt.Errorf("cannot list images of process %d: %w", s.p.Info().PID, ErrTooManyImages)
 		}
+		found = append(found, l)
 	}
 	return found, nil
 }

@@ -259,6 +259,47 @@ type moved struct {
 
 func (m moved) ReadAt(b []byte, at target.Addr) (int, error) { return m.page.ReadAt(b, at-m.to+pageAt) }
 
+// tiled is a process that has mapped one image again and again.
+type tiled struct {
+	target.Process
+	image []byte
+	n     int
+}
+
+func (p tiled) Info() target.Info { return target.Info{ID: target.ID{PID: pid}} }
+
+func (p tiled) Regions() ([]target.Region, error) {
+	size := alignUp(target.Addr(len(p.image)), target.PageSize)
+	var r []target.Region
+	for i := range target.Addr(p.n) {
+		r = append(r, target.Region{Start: pageAt + i*size, End: pageAt + (i+1)*size, Prot: target.Read | target.Exec, Kind: target.File, Path: "/x.dll"})
+	}
+	return r, nil
+}
+
+func (p tiled) ReadAt(b []byte, at target.Addr) (int, error) {
+	size := alignUp(target.Addr(len(p.image)), target.PageSize)
+	clear(b)
+	copy(b, p.image[min(len(p.image), int((at-pageAt)%size)):])
+	return len(b), nil
+}
+
+// More images than are looked at are an error that says so, never a shorter list.
+func TestTooManyImages(t *testing.T) {
+	im, err := baseImage().image(t).Place(forgeBase)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := tiled{image: im.Bytes, n: maxImages}
+	if l, err := Images(p); err != nil || len(l) != maxImages {
+		t.Errorf("%d images, %v", len(l), err)
+	}
+	p.n++
+	if l, err := Images(p); !errors.Is(err, ErrTooManyImages) || l != nil {
+		t.Errorf("%d images, %v", len(l), err)
+	}
+}
+
 // Regions are found by halving.
 func TestRegionAt(t *testing.T) {
 	regions := []target.Region{{Start: 0x1000, End: 0x2000}, {Start: 0x2000, End: 0x3000}, {Start: 0x5000, End: 0x6000}}
