@@ -153,11 +153,22 @@ func (a *Agent) list(ctx context.Context) ([]target.Info, error) {
 	}()
 	select {
 	case l := <-ch:
-		return l.infos, l.err
+		return withOwners(l.infos), l.err
 	case <-t.C:
 		a.listing = ch
 		return nil, errListing
 	}
+}
+
+// withOwners gives owners that have a security identifier the number by which the
+// control pipe knows its callers: everyone sees his own processes.
+func withOwners(infos []target.Info) []target.Info {
+	for i := range infos {
+		if sid := infos[i].SID; sid != "" {
+			infos[i].UID = control.SIDNumber(sid)
+		}
+	}
+	return infos
 }
 
 // neverTouched: that these cannot be looked into is nobody's trouble.

@@ -76,6 +76,7 @@ type Info struct {
 	Exe    string  // path of that native executable
 	User   string  // owner's name, or the number where there is no name
 	UID    int     // owner's number; -1 where the system has none
+	SID    string  // owner's security identifier; "" where the system has none
 	Unit   string  // systemd unit, container or job, where known
 	Arch   Arch    // of the code it runs
 	PEB    Addr    // process environment block, 0 where unknown

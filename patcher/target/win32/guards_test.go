@@ -111,7 +111,7 @@ func TestInfo(t *testing.T) {
 	}
 	defer p.Close()
 	i := p.Info()
-	if !strings.EqualFold(i.Image, winhosttest.Build(t)) || !strings.HasPrefix(i.Host, "winhost-") || i.PEB == 0 || i.UID != -1 {
+	if !strings.EqualFold(i.Image, winhosttest.Build(t)) || !strings.HasPrefix(i.Host, "winhost-") || i.PEB == 0 || i.UID != -1 || !strings.HasPrefix(i.SID, "S-1-5-") {
 		t.Errorf("%+v", i)
 	}
 	// The loader's list hangs on the PEB: its pointer is at 0x18 on 64 bits.

@@ -39,7 +39,7 @@ func (d *describer) describe(h windows.Handle, e entry) target.Info {
 	if path := imagePath(h); path != "" {
 		i.Image, i.Exe, i.Host = path, path, filepath.Base(path)
 	}
-	i.User = d.user(h)
+	i.User, i.SID = d.user(h)
 	i.PEB = peb(h)
 	f := asked(h)
 	machine, _ := f.machines()
@@ -71,18 +71,18 @@ func imagePath(h windows.Handle) string {
 	return ""
 }
 
-// user is the owner's name, or the SID where there is no name.
-func (d *describer) user(h windows.Handle) string {
+// user is the owner's name, or the SID where there is no name, and the SID.
+func (d *describer) user(h windows.Handle) (name, sid string) {
 	var t windows.Token
 	if windows.OpenProcessToken(h, windows.TOKEN_QUERY, &t) != nil {
-		return ""
+		return "", ""
 	}
 	defer t.Close()
 	u, err := t.GetTokenUser()
 	if err != nil {
-		return ""
+		return "", ""
 	}
-	sid := u.User.Sid.String()
+	sid = u.User.Sid.String()
 	name, ok := d.users[sid]
 	if !ok {
 		name = sid
@@ -93,7 +93,7 @@ func (d *describer) user(h windows.Handle) string {
 		}
 		d.users[sid] = name
 	}
-	return name
+	return name, sid
 }
 
 // peb is the address of the process environment block, 0 if we may not ask.
