@@ -35,7 +35,7 @@ type program struct {
 	lines chan string
 }
 
-func startProgram(t *testing.T, b target.Backend, image string, spin, sleep, block int) *program {
+func startProgram(t *testing.T, b target.Backend, image string, spin, sleep, block int, env ...string) *program {
 	t.Helper()
 	exe := os.Getenv("HOTPATCH_WINAPP")
 	if exe == "" {
@@ -43,6 +43,7 @@ func startProgram(t *testing.T, b target.Backend, image string, spin, sleep, blo
 	}
 	dll := filepath.Join(winhosttest.Root(t), "testdata", "fixtures", filepath.FromSlash(image))
 	c := exec.Command(exe, dll, "vuln", fmt.Sprint(spin), fmt.Sprint(sleep), fmt.Sprint(block), "42", "43", "44")
+	c.Env = append(os.Environ(), env...)
 	stdin, err := c.StdinPipe()
 	must(t, err)
 	stdout, err := c.StdoutPipe()
@@ -190,6 +191,28 @@ func TestLiveWindows(t *testing.T) {
 				w.well(42)
 			}
 		})
+	}
+}
+
+// One image at two places in two programs: both are patched, each with what it
+// takes at its place.
+func TestLiveWindowsRelocated(t *testing.T) {
+	b, err := win32.New()
+	must(t, err)
+	for _, image := range []string{"mingw/app.dll", "clang/app.dll"} {
+		there := startProgram(t, b, image, 1, 1, 1)
+		elsewhere := startProgram(t, b, image, 1, 1, 1, "WINAPP_ELSEWHERE=1")
+		if there.base.Base == elsewhere.base.Base {
+			t.Fatalf("both are at %s", there.base.Base)
+		}
+		x := &patcher.Patcher{}
+		patch := patchOf(t, image, strings.Replace(image, "app.dll", "app-import-1.dll", 1))
+		for _, w := range []*program{there, elsewhere} {
+			rec := w.apply(x, patch)
+			w.well(43)
+			w.undo(x, rec)
+			w.well(42)
+		}
 	}
 }
 

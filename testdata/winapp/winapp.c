@@ -102,6 +102,9 @@ int main(int argc, char **argv)
 	setvbuf(stdout, NULL, _IONBF, 0);
 	if (argc < 7)
 		return 2;
+	/* Somebody else is where the DLL wants to be: it comes to another place. */
+	if (getenv("WINAPP_ELSEWHERE") && !VirtualAlloc((void *)0x180000000, 1 << 16, MEM_RESERVE, PAGE_NOACCESS))
+		return 3;
 	module = LoadLibraryA(argv[1]);
 	if (!module) {
 		printf("error LoadLibrary %lu\n", GetLastError());

@@ -11,7 +11,7 @@ import (
 	"hotpatchd/patcher/target/ptrace/hosttest"
 )
 
-var appFix = fix{"ACME-1", "acme", 1, []string{"mingw/app-ref-1.dll", "clang/app-ref-1.dll", "plain/app-1.dll"}}
+var appFix = fix{"ACME-1", "acme", 1, []string{"mingw/app-ref-1.dll", "clang/app-ref-1.dll", "plain/app-1.dll"}, ""}
 
 // The main job with the real daemon: several builds of one image in a release,
 // running processes, a later one, a restart, rollback and install again.

@@ -17,8 +17,8 @@ import (
 
 // Two sequences that a process without kernel32.dll can have.
 var (
-	firstFix = fix{"ACME-1", "acme", 1, []string{"demo/demo-1.dll"}}
-	nextFix  = fix{"ACME-2", "acme", 2, []string{"demo/demo-2.dll"}}
+	firstFix = fix{"ACME-1", "acme", 1, []string{"demo/demo-1.dll"}, ""}
+	nextFix  = fix{"ACME-2", "acme", 2, []string{"demo/demo-2.dll"}, ""}
 )
 
 // demos starts two processes that firstFix and nextFix are for.
@@ -214,7 +214,7 @@ func TestReleaseDamaged(t *testing.T) {
 	d.publish(nextFix)
 	refused("ACME-2", "is not the file that was signed")
 
-	unknown := fix{"ACME-3", "acme", 3, nextFix.images}
+	unknown := fix{"ACME-3", "acme", 3, nextFix.images, ""}
 	m.serves("ACME-3", http.NotFound)
 	d.publish(unknown)
 	d.exchange("ACME-3", retold(t, makeRelease(t, unknown), `"kind"`, `"surprise": 1, "kind"`))
@@ -223,7 +223,7 @@ func TestReleaseDamaged(t *testing.T) {
 	refused("ACME-3", "surprise")
 	d.hotpatch(0, "hold", "ACME-3")
 
-	other := fix{"ACME-4", "acme", 4, nextFix.images}
+	other := fix{"ACME-4", "acme", 4, nextFix.images, ""}
 	m.serves("ACME-4", http.NotFound)
 	d.publish(other)
 	d.exchange("ACME-4", retold(t, makeRelease(t, other), `"product": "acme"`, `"product": "acmf"`))

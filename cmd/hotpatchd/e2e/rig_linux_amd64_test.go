@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -96,6 +97,7 @@ type fix struct {
 	id, product string
 	sequence    int
 	images      []string // "mingw/app-ref-1.dll"
+	unwind      string   // "" is "none"
 }
 
 func newDevice(t testing.TB, fixes ...fix) *device {
@@ -189,7 +191,7 @@ func (d *device) publish(fixes ...fix) {
 
 func makeRelease(t testing.TB, f fix) []byte {
 	t.Helper()
-	text := fmt.Sprintf("format = \"hotpatch-release/1\"\nid = %q\nproduct = %q\nkind = \"hotpatch\"\nsequence = %d\ntitle = \"t\"\nseverity = \"critical\"\ncves = [\"CVE-2026-%04d\"]\nunwind = \"none\"\n", f.id, f.product, f.sequence, f.sequence)
+	text := fmt.Sprintf("format = \"hotpatch-release/1\"\nid = %q\nproduct = %q\nkind = \"hotpatch\"\nsequence = %d\ntitle = \"t\"\nseverity = \"critical\"\ncves = [\"CVE-2026-%04d\"]\nunwind = %q\n", f.id, f.product, f.sequence, f.sequence, cmp.Or(f.unwind, "none"))
 	for _, im := range f.images {
 		name := filepath.Base(im)
 		name = name[:strings.IndexByte(name, '-')] + ".dll"

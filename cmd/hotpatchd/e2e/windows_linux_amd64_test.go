@@ -282,7 +282,7 @@ func TestWindowsDaemon(t *testing.T) {
 // taken back: the fix's own frames are unwound, every object on the way is
 // destroyed once, and no value of the threads is lost.
 func TestWindowsExceptions(t *testing.T) {
-	w := newWindows(t, fix{"ACME-1", "acme", 1, []string{"throw/throw-1.dll"}})
+	w := newWindows(t, fix{"ACME-1", "acme", 1, []string{"throw/throw-1.dll"}, ""})
 	w.eligible()
 	w.configure("file:///Z:"+w.fleet.path("repo"), `"vbs", "baseline"`)
 	thrower := startWindows(t, w.environment(), windowsProgram(t, "x86_64-w64-mingw32-g++", "winthrow.cpp"), hosttest.Fixture(t, "throw/throw.dll"))

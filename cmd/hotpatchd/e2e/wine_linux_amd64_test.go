@@ -156,3 +156,20 @@ func TestWineProcess(t *testing.T) {
 		w.runs(d)
 	}
 }
+
+// From outside nobody can tell the program's unwinder of new frames: a release
+// that needs it is refused by name, and the program is left as it is.
+func TestWineProcessNeedsUnwinding(t *testing.T) {
+	d := newDevice(t, fix{"THROW-1", "throw", 1, []string{"throw/throw-1.dll"}, "required"})
+	exe := windowsProgram(t, "x86_64-w64-mingw32-g++", "winthrow.cpp")
+	w := startWindows(t, os.Environ(), exe, hosttest.Fixture(t, "throw/throw.dll"))
+	d.start()
+	im := d.becomes(w.pid, control.Blocked)
+	if im.ReasonCode != "unwind" || !strings.Contains(im.Reason, "unwind") {
+		t.Errorf("%+v", im)
+	}
+	fmt.Fprintln(w.stdin, "state")
+	if line := w.line(); !strings.HasPrefix(line, "42 ") {
+		t.Errorf("the program says %q", line)
+	}
+}
