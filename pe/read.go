@@ -18,12 +18,28 @@ func (im *Image) readAt(p []byte, off int64, where string) error {
 	if err == nil || err == io.EOF {
 		err = io.ErrUnexpectedEOF
 	}
+	return &readError{where, off, len(p), im.Mapped, err}
+}
+
+// readError says what could not be read. It is put into words only when someone
+// asks: reading tries a neighbourhood first, often where there is none.
+type readError struct {
+	where  string
+	off    int64
+	n      int
+	mapped bool
+	err    error
+}
+
+func (e *readError) Error() string {
 	unit := "file offset"
-	if im.Mapped {
+	if e.mapped {
 		unit = "rva"
 	}
-	return fmt.Errorf("cannot read %s, %d bytes at %s 0x%x: %w", where, len(p), unit, off, err)
+	return fmt.Sprintf("cannot read %s, %d bytes at %s 0x%x: %v", e.where, e.n, unit, e.off, e.err)
 }
+
+func (e *readError) Unwrap() error { return e.err }
 
 // run is a part of the image, the headers or one section: RVAs begin to end,
 // of which the first raw bytes lie at off of the reader and the rest is zero.
@@ -91,6 +107,9 @@ type window struct {
 	begin uint32
 	buf   []byte
 	store [windowSize]byte
+	// lone is the page whose neighbourhood could not be read last, plus 1: from
+	// there only what is asked for is read, not all of it in vain each time.
+	lone uint32
 
 	loaded, named int // bytes read, bytes of names given out
 }
@@ -111,9 +130,12 @@ func (w *window) bytes(rva uint32, n int) ([]byte, error) {
 	}
 	begin := rva &^ (pageSize - 1) // headers and sections begin at pages
 	end := min(r.end, begin+windowSize)
-	if end >= rva+uint32(n) && w.load(begin, end-begin) == nil {
-		b, _ := w.have(rva)
-		return b[:n], nil
+	if end >= rva+uint32(n) && w.lone != begin+1 {
+		if w.load(begin, end-begin) == nil {
+			b, _ := w.have(rva)
+			return b[:n], nil
+		}
+		w.lone = begin + 1
 	}
 	// The neighbourhood cannot be read, or n bytes reach into the next section.
 	if err := w.load(rva, uint32(n)); err != nil {
