@@ -12,7 +12,7 @@ import (
 	"hotpatchd/patcher/target"
 )
 
-// write is one place in live code: what stands there, what shall.
+// write is one place in live code: what stands there, what shall, as many bytes.
 type write struct {
 	at       target.Addr
 	from, to []byte
@@ -153,13 +153,21 @@ func swapFrozen(p target.Process, f held, c change, regions []target.Region) err
 			return putBack(p, c.writes[:i+1], err)
 		}
 	}
-	for i, w := range c.writes {
-		have, err := read(p, w.at, len(w.to))
-		if err == nil && !bytes.Equal(have, w.to) {
-			err = fmt.Errorf("%s at %s reads back % x after % x was written", w.name, w.at, have, w.to)
-		}
-		if err != nil {
-			return putBack(p, c.writes, fmt.Errorf("write %d of %d: %w", i+1, len(c.writes), err))
+	if err := tookEffect(p, c.writes); err != nil {
+		return putBack(p, c.writes, err)
+	}
+	return nil
+}
+
+// tookEffect reads all of it back.
+func tookEffect(p target.Process, writes []write) error {
+	have, err := readPlaces(p, writes)
+	if err != nil {
+		return err
+	}
+	for i, w := range writes {
+		if !bytes.Equal(have[i], w.to) {
+			return fmt.Errorf("write %d of %d: %s at %s reads back % x after % x was written", i+1, len(writes), w.name, w.at, have[i], w.to)
 		}
 	}
 	return nil
@@ -298,13 +306,13 @@ func missing(p target.Process, err error) error {
 
 // standsAt compares every place with what the plan saw there.
 func standsAt(p target.Process, writes []write) error {
-	for _, w := range writes {
-		have, err := read(p, w.at, len(w.from))
-		if err != nil {
-			return &unreadable{w.at, w.name, err}
-		}
-		if !bytes.Equal(have, w.from) {
-			return drifted(w.at, w.from, have, w.name)
+	have, err := readPlaces(p, writes)
+	if err != nil {
+		return err
+	}
+	for i, w := range writes {
+		if !bytes.Equal(have[i], w.from) {
+			return drifted(w.at, w.from, have[i], w.name)
 		}
 	}
 	return nil
@@ -312,12 +320,8 @@ func standsAt(p target.Process, writes []write) error {
 
 // touch reads every page that will be written, so that it is present.
 func touch(p target.Process, writes []write) error {
-	for _, w := range writes {
-		if _, err := read(p, w.at, len(w.from)); err != nil {
-			return &unreadable{w.at, w.name, err}
-		}
-	}
-	return nil
+	_, err := readPlaces(p, writes)
+	return err
 }
 
 func headerSum(p target.Process, base target.Addr) (string, error) {
