@@ -17,6 +17,8 @@ func formatOf(doc any) string {
 		return FormatStatus
 	case *Eligibility:
 		return FormatEligibility
+	case *Report:
+		return FormatReport
 	case *Offers:
 		return FormatOffers
 	case *Processes:

@@ -43,6 +43,7 @@ type call struct {
 var routes = []route{
 	{method: "GET", path: "/v1/status", access: open, answer: (*call).status},
 	{method: "GET", path: "/v1/eligibility", access: open, answer: (*call).eligibility},
+	{method: "GET", path: "/v1/report", access: open, answer: (*call).fleetReport},
 	{method: "GET", path: "/v1/releases", access: open, answer: (*call).offers},
 	{method: "GET", path: "/v1/processes", access: own, params: []string{"pid", "vulnerable"}, answer: (*call).processes},
 	{method: "GET", path: "/v1/events", access: own, stream: (*call).events},
