@@ -22,13 +22,13 @@ func (a *Agent) watch(ctx context.Context, wg *sync.WaitGroup) {
 	run(func() { a.watchManagement(ctx) })
 	run(func() { a.checkRegularly(ctx) })
 	if w, ok := a.o.Backend.(target.Watcher); ok {
-		starts, err := w.Watch(ctx)
+		events, err := w.Watch(ctx)
 		if err != nil {
 			a.log.Warn("no news of process starts; the regular scan finds them", zap.Error(err))
 			return
 		}
 		run(func() {
-			for range starts {
+			for range events {
 				a.Wake()
 			}
 		})

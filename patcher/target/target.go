@@ -82,6 +82,7 @@ type Info struct {
 	PEB    Addr    // process environment block, 0 where unknown
 	Guards []Guard // what speaks against touching it
 	Change uint64  // differs when mappings may have changed since the last List; equal means: nothing to look at
+	Bare   bool    // nothing is mapped in it that could be the code of a PE image: there is nothing to open it for
 }
 
 // Prot is a page protection. Write and Exec never go together in what we ask for.
@@ -214,11 +215,57 @@ type Pauser interface {
 	Pause() time.Duration
 }
 
-// Watcher is optional on a Backend: process starts as they happen. The channel
-// only ever wakes: losing an event costs latency, never correctness. It is
-// closed when ctx ends.
+// Watcher is optional on a Backend: starts and ends of processes as they happen.
 type Watcher interface {
-	Watch(ctx context.Context) (<-chan struct{}, error)
+	// Watch tells of events until ctx ends, then the channel is closed. What is
+	// told is a hint and never the truth: events may be lost, which is told as
+	// Lost where it is known, come late or in another order than they happened,
+	// and be of processes that are over. Losing one costs latency, never
+	// correctness. An error, ErrDenied or ErrUnsupported among others, says why
+	// nothing would ever be told.
+	Watch(ctx context.Context) (<-chan Event, error)
+	// ListOf is List of these processes only, and costs what they cost. Those
+	// that are over are left out; the order is of no meaning.
+	ListOf(ctx context.Context, pids []int) ([]Info, error)
+}
+
+// EventKind is what happened to a process.
+type EventKind uint8
+
+const (
+	Started EventKind = iota + 1 // it executes another program: a new life
+	Forked                       // it is the child of a fork, with its parent's images
+	Exited                       // it has ended, or its main thread has
+	Lost                         // events were lost: only List tells what happened
+)
+
+func (k EventKind) String() string {
+	switch k {
+	case Started:
+		return "started"
+	case Forked:
+		return "forked"
+	case Exited:
+		return "exited"
+	case Lost:
+		return "lost"
+	}
+	return fmt.Sprintf("event %d", uint8(k))
+}
+
+// Event is one of them. PID is a number that may have been given to another
+// process since, and says nothing of lives.
+type Event struct {
+	Kind   EventKind
+	PID    int       // 0: Lost
+	Parent int       // Forked: who forked; 0 where the system does not tell
+	At     time.Time // when it happened, with Lost when that was noticed; zero if the system does not tell
+
+	// Exited: how. Code is the exit code, or on Windows the status (an
+	// NTSTATUS where an exception ended it); Signal the number of the signal
+	// that ended it, 0 if none did or the system has none.
+	Code   uint32
+	Signal int
 }
 
 // Prober is optional on a Backend: one clear sentence on what the system lets

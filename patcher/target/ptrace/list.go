@@ -48,7 +48,7 @@ func (b *backend) List(ctx context.Context) ([]target.Info, error) {
 		if n%64 == 0 && ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
-		if k := b.refresh(pid); k != nil {
+		if k := b.refresh(pid, false); k != nil {
 			list = append(list, k.info)
 		}
 		if k := b.procs[pid]; k != nil {
@@ -63,9 +63,30 @@ func (b *backend) List(ctx context.Context) ([]target.Info, error) {
 	return list, nil
 }
 
+// ListOf looks at these processes as List does, and at all of them that took
+// page faults.
+func (b *backend) ListOf(ctx context.Context, pids []int) ([]target.Info, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	list := make([]target.Info, 0, len(pids))
+	for _, pid := range pids {
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		if k := b.refresh(pid, true); k != nil {
+			list = append(list, k.info)
+		}
+		if k := b.procs[pid]; k != nil {
+			k.round = b.round
+		}
+	}
+	return list, nil
+}
+
 // refresh looks at one process and returns nil if it is none of ours to tell
-// of: gone, a kernel thread, or dead and not yet reaped.
-func (b *backend) refresh(pid int) *known {
+// of: gone, a kernel thread, or dead and not yet reaped. Where many took page
+// faults, those have to wait for their turn that are not wanted now.
+func (b *backend) refresh(pid int, now bool) *known {
 	var path [48]byte
 	var s stat
 	name := strconv.AppendInt(path[:0], int64(pid), 10)
@@ -74,13 +95,13 @@ func (b *backend) refresh(pid int) *known {
 	}
 	k := b.procs[pid]
 	if k != nil && !s.dying() && sameProgram(&k.stat, &s) {
-		if s.vsize == k.stat.vsize && !k.late && (s.faults == k.stat.faults || !b.turn(pid)) {
+		if s.vsize == k.stat.vsize && !k.late && (s.faults == k.stat.faults || !now && !b.turn(pid)) {
 			return k
 		}
 		if k.late && b.late.admit(lifetime{pid, s.start}) != nil {
 			return k
 		}
-		if sum, ok := b.sumMaps(lifetime{pid, s.start}, name); ok && sum == k.sum && !k.late {
+		if sum, _, ok := b.sumMaps(lifetime{pid, s.start}, name); ok && sum == k.sum && !k.late {
 			k.stat = s
 			return k
 		}
@@ -108,7 +129,7 @@ func (b *backend) refresh(pid int) *known {
 	if late {
 		k.info.Guards = append(k.info.Guards, target.Guard{Code: target.GuardProtected, Text: err.Error()})
 	} else {
-		k.sum, _ = b.sumMaps(l.lifetime(), append(name, l.via()...))
+		k.sum, k.info.Bare, _ = b.sumMaps(l.lifetime(), append(name, l.via()...))
 	}
 	k.info.Guards = slices.Clip(k.info.Guards)
 	b.changes++
@@ -202,17 +223,22 @@ func (b *backend) drop(pid int) {
 	}
 }
 
-// sumMaps digests the lines of a maps file that tell of files or of code.
-func (b *backend) sumMaps(l lifetime, name []byte) (uint64, bool) {
+// sumMaps digests the lines of a maps file that tell of files or of code, and
+// tells whether all code is that of ELF files.
+func (b *backend) sumMaps(l lifetime, name []byte) (sum uint64, bare, ok bool) {
 	var err error
-	file, buf := string(name)+"/maps", b.mapbuf
+	folder, buf := string(name), b.mapbuf
 	b.mapbuf = nil // it is that call's until it comes back
-	if _, late := b.late.within(l, "read the maps of", func() { buf, err = b.proc.read(file, buf, mapsLimit) }); late != nil {
-		return 0, false
+	if _, late := b.late.within(l, "read the maps of", func() {
+		if buf, err = b.proc.read(folder+"/maps", buf, mapsLimit); err == nil {
+			bare = b.elfOnly(folder, buf)
+		}
+	}); late != nil {
+		return 0, false, false
 	}
 	b.mapbuf = buf
 	if err != nil || len(b.mapbuf) == 0 {
-		return 0, false
+		return 0, false, false
 	}
 	var h maphash.Hash
 	h.SetSeed(b.seed)
@@ -223,7 +249,7 @@ func (b *backend) sumMaps(l lifetime, name []byte) (uint64, bool) {
 		}
 		rest = next
 	}
-	return h.Sum64(), true
+	return h.Sum64(), bare, true
 }
 
 var newline, executable = []byte("\n"), []byte("xp ")

@@ -5,7 +5,10 @@ package ptrace
 import (
 	"encoding/binary"
 	"os"
+	"slices"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"hotpatchd/patcher/target"
 )
@@ -99,32 +102,83 @@ func TestUnitOfPath(t *testing.T) {
 	}
 }
 
-func TestStarts(t *testing.T) {
+func TestEvents(t *testing.T) {
 	event := func(what uint32, data ...uint32) []byte {
 		b := make([]byte, netlinkHeader+connectorHeader+16)
 		binary.LittleEndian.PutUint32(b[netlinkHeader+connectorHeader:], what)
+		binary.LittleEndian.PutUint64(b[netlinkHeader+connectorHeader+8:], 7)
 		for _, d := range data {
 			b = binary.LittleEndian.AppendUint32(b, d)
 		}
 		binary.LittleEndian.PutUint32(b, uint32(len(b)))
 		return b
 	}
+	const pid = 5
 	for _, c := range []struct {
+		name string
 		b    []byte
-		want bool
+		want []message
+		pass bool // by the filter
 	}{
-		{event(eventExec, 5, 5), true},
-		{event(eventFork, 1, 1, 5, 5), true},
-		{event(eventFork, 1, 1, 5, 1), false}, // a thread
-		{event(eventFork, 1, 1), false},
-		{event(0x80000000, 5, 5, 0, 0), false}, // an exit
-		{append(event(0x80000000, 5, 5, 0, 0), event(eventExec, 5, 5)...), true},
-		{nil, false},
-		{make([]byte, 100), false},
-		{event(eventExec, 5, 5)[:30], false},
+		{"exec", event(eventExec, 6, pid), []message{{what: eventExec, pid: pid, at: 7}}, true},
+		{"fork", event(eventFork, 2, 1, pid, pid), []message{{what: eventFork, pid: pid, parent: 1, at: 7}}, true},
+		{"a thread", event(eventFork, 1, 1, pid, 1), nil, false},
+		{"fork cut short", event(eventFork, 1, 1), nil, false},
+		{"exit", event(eventExit, pid, pid, 0x8b, 17), []message{{what: eventExit, pid: pid, status: 0x8b, at: 7}}, true},
+		{"exit of a thread", event(eventExit, 6, pid, 0, 17), nil, false},
+		{"answer", event(eventNone, 1), []message{{what: eventNone, status: 1, at: 7}}, true},
+		{"another user", event(4, pid, pid, 0, 0), nil, false},
+		{"no process", event(eventExec, 0, 0), nil, true},
+		{"two", append(event(eventExit, pid, pid, 0, 0), event(eventExec, pid, pid)...),
+			[]message{{what: eventExit, pid: pid, at: 7}, {what: eventExec, pid: pid, at: 7}}, true},
+		{"nothing", nil, nil, false},
+		{"zeros", make([]byte, 100), nil, true},
+		{"cut short", event(eventExec, pid, pid)[:30], nil, false},
 	} {
-		if got := starts(c.b); got != c.want {
-			t.Errorf("% x: %v", c.b, got)
+		var got []message
+		parseEvents(c.b, func(m message) { got = append(got, m) })
+		if !slices.Equal(got, c.want) {
+			t.Errorf("%s: %+v, want %+v", c.name, got, c.want)
+		}
+		// The filter drops what tells of nothing, and no more.
+		if pass := filtered(t, c.b); pass != c.pass {
+			t.Errorf("%s: the filter says %v", c.name, pass)
 		}
 	}
+}
+
+// filtered runs the filter of the socket on a datagram (Documentation/networking/filter.rst).
+func filtered(t *testing.T, b []byte) (pass bool) {
+	t.Helper()
+	var acc, kept uint32
+	program := eventFilter()
+	for at := 0; at < len(program); at++ {
+		switch i := program[at]; i.Code {
+		case unix.BPF_LD | unix.BPF_W | unix.BPF_ABS:
+			if int(i.K)+4 > len(b) {
+				return false
+			}
+			acc = binary.BigEndian.Uint32(b[i.K:])
+		case unix.BPF_MISC | unix.BPF_TAX:
+			kept = acc
+		case unix.BPF_JMP | unix.BPF_JA:
+			at += int(i.K)
+		case unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_X:
+			other := i.K
+			if i.Code&unix.BPF_X != 0 {
+				other = kept
+			}
+			if acc == other {
+				at += int(i.Jt)
+			} else {
+				at += int(i.Jf)
+			}
+		case unix.BPF_RET | unix.BPF_K:
+			return i.K != 0
+		default:
+			t.Fatalf("instruction %d is not known: %+v", at, i)
+		}
+	}
+	t.Fatal("the filter runs over its end")
+	return false
 }

@@ -23,6 +23,7 @@ type process struct {
 
 	users  atomic.Int32 // of the descriptors: the handle, and calls that have not come back
 	closed bool
+	alone  bool // others that share its memory were looked for
 	dir    procDir
 	task   procDir // the thread folder
 	mem    int
@@ -98,16 +99,26 @@ func (b *backend) open(id target.ID) (_ *process, err error) {
 		p.info.Change = k.info.Change
 	}
 	b.mu.Unlock()
-	if other, err := p.sharer(); err != nil {
-		return nil, err
-	} else if other != 0 {
-		p.info.Guards = append(p.info.Guards, target.Guard{Code: target.GuardShared,
-			Text: "shares its memory with " + processName(other)})
-	}
 	return p, nil
 }
 
-func (p *process) Info() target.Info { return p.info }
+// Info tells of a process that shares this one's memory, too. To find it all
+// processes are asked, which is for those that are worked on, not for those
+// that are only looked into: it is done when Info is first called.
+func (p *process) Info() target.Info {
+	if p.alone || p.closed {
+		return p.info
+	}
+	p.alone = true
+	switch other, err := p.sharer(); {
+	case err != nil:
+		p.info.Guards = append(p.info.Guards, target.Guard{Code: target.GuardShared, Text: err.Error()})
+	case other != 0:
+		p.info.Guards = append(p.info.Guards, target.Guard{Code: target.GuardShared,
+			Text: "shares its memory with " + processName(other)})
+	}
+	return p.info
+}
 
 func (p *process) Close() error {
 	var err error

@@ -4,8 +4,9 @@ package ptrace
 
 import (
 	"context"
-	"encoding/binary"
+	"errors"
 	"fmt"
+	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -13,103 +14,180 @@ import (
 	"hotpatchd/patcher/target"
 )
 
-// The process events connector (linux/cn_proc.h, linux/connector.h).
 const (
-	connectorProc   = 1 // CN_IDX_PROC and its group
-	connectorListen = 1 // PROC_CN_MCAST_LISTEN
-	netlinkHeader   = 16
-	connectorHeader = 20
-	eventFork       = 0x00000001 // PROC_EVENT_FORK: a thread or a process
-	eventExec       = 0x00000002 // PROC_EVENT_EXEC
-
-	// watchPoll bounds how long the end of the context goes unnoticed.
-	watchPoll = 500 * time.Millisecond
-	// watchBuffer holds some ten thousand events between two reads.
-	watchBuffer = 1 << 20
+	// watchBuffer is what the kernel keeps for us of events that we have not
+	// read, bytes: some thousands of events.
+	watchBuffer = 2 << 20
+	// watchGather is how long events gather before they are read, so that a
+	// machine that starts very many programs wakes us no oftener than that. An
+	// image is not mapped in the first moment of a program anyway.
+	watchGather = 10 * time.Millisecond
+	// watchBehind is how many events the reader of the channel may be behind.
+	// Those above are lost to him, and he is told.
+	watchBehind = 4096
+	// watchAnswer bounds the wait for the kernel's answer that it will tell us.
+	// It is on its way when the request has been made.
+	watchAnswer = time.Second
 )
 
-// Watch wakes when a process forks or executes a program. It needs
-// CAP_NET_ADMIN and the first network namespace.
-func (b *backend) Watch(ctx context.Context) (<-chan struct{}, error) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.NETLINK_CONNECTOR)
+// Watch tells of forks, execs and exits by the process events connector. It
+// needs CAP_NET_ADMIN, and the first pid, user and network namespaces.
+func (b *backend) Watch(ctx context.Context) (<-chan target.Event, error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_CONNECTOR)
 	if err != nil {
 		return nil, fmt.Errorf("cannot watch process starts: %w: %v", target.ErrUnsupported, err)
 	}
+	f := os.NewFile(uintptr(fd), "process events")
 	if err := listen(fd); err != nil {
-		unix.Close(fd)
+		f.Close()
 		return nil, fmt.Errorf("cannot watch process starts (CAP_NET_ADMIN?): %w: %v", target.ErrDenied, err)
 	}
-	woken := make(chan struct{}, 1)
+	w := &watcher{f: f, buf: make([]byte, 16<<10), events: make(chan target.Event, watchBehind)}
+	if err := w.answer(); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("cannot watch process starts: %w", err)
+	}
+	context.AfterFunc(ctx, func() { f.SetReadDeadline(time.Unix(1, 0)) })
 	go func() {
-		defer close(woken)
-		defer unix.Close(fd)
-		buf := make([]byte, 8<<10)
-		for ctx.Err() == nil {
-			n, from, err := unix.Recvfrom(fd, buf, 0)
-			switch {
-			case err == unix.EAGAIN || err == unix.EINTR:
-				continue
-			case err == unix.ENOBUFS: // events were lost: look
-			case err != nil:
-				<-ctx.Done() // nothing comes any more; the channel stays open until the end, as promised
-				return
-			default:
-				if a, ok := from.(*unix.SockaddrNetlink); !ok || a.Pid != 0 || !starts(buf[:n]) {
-					continue // of the kernel only, and starts only
-				}
-			}
-			select {
-			case woken <- struct{}{}:
-			default:
-			}
-		}
+		defer close(w.events)
+		defer f.Close()
+		w.run(ctx)
 	}()
-	return woken, nil
+	return w.events, nil
 }
 
-func listen(fd int) error {
-	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: connectorProc}); err != nil {
-		return err
-	}
-	tv := unix.NsecToTimeval(int64(watchPoll))
-	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv); err != nil {
-		return err
-	}
-	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, watchBuffer) // losing events costs latency only
-	m := make([]byte, netlinkHeader+connectorHeader+4)
-	le := binary.LittleEndian
-	le.PutUint32(m, uint32(len(m)))
-	le.PutUint16(m[4:], unix.NLMSG_DONE)
-	le.PutUint32(m[12:], uint32(unix.Getpid()))
-	c := m[netlinkHeader:] // struct cn_msg: idx, val, seq, ack, len, flags
-	le.PutUint32(c, connectorProc)
-	le.PutUint32(c[4:], connectorProc)
-	le.PutUint16(c[16:], 4)
-	le.PutUint32(c[connectorHeader:], connectorListen)
-	return unix.Sendto(fd, m, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
+// watcher reads the connector's socket. It belongs to one goroutine.
+type watcher struct {
+	f      *os.File
+	buf    []byte
+	events chan target.Event
+	lost   bool // since the last Lost that was told
 }
 
-// starts tells whether a datagram holds the start of a process: an exec, or a
-// fork whose child is the first thread of its own process.
-func starts(b []byte) bool {
-	le := binary.LittleEndian
-	for len(b) >= netlinkHeader {
-		size := int(le.Uint32(b))
-		if size < netlinkHeader || size > len(b) {
-			return false
+// run reads until ctx ends.
+func (w *watcher) run(ctx context.Context) {
+	t := time.NewTimer(0)
+	defer t.Stop()
+	for {
+		err := w.drain(w.tell)
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err != nil:
+			// Nothing comes any more; the channel stays open until the end, as promised.
+			w.send(target.Event{Kind: target.Lost, At: time.Now()})
+			<-ctx.Done()
+			return
 		}
-		if size >= netlinkHeader+connectorHeader+16 {
-			e := b[netlinkHeader+connectorHeader : size] // struct proc_event: what, cpu, timestamp, data
-			switch le.Uint32(e) {
-			case eventExec:
+		t.Reset(watchGather)
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+	}
+}
+
+// drain waits until something can be read and reads all there is. Messages are
+// taken from the kernel only: any process may send to our port.
+func (w *watcher) drain(take func(message)) error {
+	c, err := w.f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var failed error
+	err = c.Read(func(fd uintptr) bool {
+		for n := 0; ; n++ {
+			size, from, err := unix.Recvfrom(int(fd), w.buf, 0)
+			switch {
+			case err == unix.EINTR:
+			case err == unix.EAGAIN:
+				return n > 0 // the first time: wait
+			case err == unix.ENOBUFS:
+				w.lost = true
+			case err != nil:
+				failed = err
 				return true
-			case eventFork: // data: parent pid, tgid, child pid, tgid
-				if len(e) >= 32 && le.Uint32(e[24:]) == le.Uint32(e[28:]) {
-					return true
+			default:
+				if a, ok := from.(*unix.SockaddrNetlink); ok && a.Pid == 0 {
+					parseEvents(w.buf[:size], take)
 				}
 			}
+			if n >= watchBehind { // they come as fast as they are read
+				return true
+			}
 		}
-		b = b[min(len(b), (size+3)&^3):]
+	})
+	if w.lost && w.send(target.Event{Kind: target.Lost, At: time.Now()}) {
+		w.lost = false
 	}
-	return false
+	return errors.Join(err, failed)
+}
+
+// tell hands one event on.
+func (w *watcher) tell(m message) {
+	e := target.Event{PID: m.pid, At: sinceBoot(m.at)}
+	switch m.what {
+	case eventExec:
+		e.Kind = target.Started
+	case eventFork:
+		e.Kind, e.Parent = target.Forked, m.parent
+	case eventExit:
+		status := unix.WaitStatus(m.status)
+		e.Kind, e.Code = target.Exited, uint32(max(status.ExitStatus(), 0))
+		if status.Signaled() {
+			e.Signal = int(status.Signal())
+		}
+	default:
+		return
+	}
+	if !w.send(e) {
+		w.lost = true
+	}
+}
+
+// send never waits: who does not read loses events.
+func (w *watcher) send(e target.Event) bool {
+	select {
+	case w.events <- e:
+		return true
+	default:
+		return false
+	}
+}
+
+// answer waits until the kernel says that it will tell us. Outside the first
+// namespaces it takes the request and says nothing, then or ever.
+func (w *watcher) answer() error {
+	answered, status := false, uint32(0)
+	w.f.SetReadDeadline(time.Now().Add(watchAnswer))
+	defer w.f.SetReadDeadline(time.Time{})
+	for !answered {
+		err := w.drain(func(m message) {
+			if m.what == eventNone {
+				answered, status = true, m.status
+				return
+			}
+			w.tell(m)
+		})
+		switch {
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			return fmt.Errorf("%w: the kernel tells of them in the first pid and user namespaces only, or was built without CONFIG_PROC_EVENTS", target.ErrUnsupported)
+		case err != nil:
+			return err
+		}
+	}
+	if status != 0 {
+		return fmt.Errorf("%w (CAP_NET_ADMIN?): %v", target.ErrDenied, unix.Errno(status))
+	}
+	return nil
+}
+
+// sinceBoot turns a time of CLOCK_MONOTONIC, nanoseconds, into ours.
+func sinceBoot(ns uint64) time.Time {
+	var ts unix.Timespec
+	if unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts) != nil {
+		return time.Now()
+	}
+	return time.Now().Add(time.Duration(ns) - time.Duration(ts.Nano()))
 }

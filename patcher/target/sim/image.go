@@ -205,7 +205,6 @@ func (m *Machine) LoadModule(pid int, x Module) (target.Addr, error) {
 		}
 		if at, err = m.load(p, x); err == nil {
 			m.changed(p)
-			m.wake()
 		}
 		return err
 	})

@@ -29,7 +29,9 @@ type Machine struct {
 	nodes  map[string]uint64
 	dead   bool // we are dead, see Die
 	lives  int  // of ours: handles of an earlier one stay dead
-	wakes  map[chan struct{}]bool
+
+	watchers map[*watcher]bool
+	deaf     bool // watchers are told nothing
 }
 
 var (
@@ -56,7 +58,8 @@ func newMachine(s *Scene, f files) (*Machine, error) {
 		ops:    map[Op]int{},
 		epoch:  1,
 		nodes:  map[string]uint64{},
-		wakes:  map[chan struct{}]bool{},
+
+		watchers: map[*watcher]bool{},
 	}
 	for _, p := range s.Processes {
 		if _, err := m.Start(p); err != nil {
@@ -119,32 +122,89 @@ func (m *Machine) Open(ctx context.Context, id target.ID) (target.Process, error
 	return &handle{m: m, p: p, info: p.describe(), life: m.lives}, nil
 }
 
-// Watch wakes at starts of processes and programs, forks, and modules mapped.
-func (m *Machine) Watch(ctx context.Context) (<-chan struct{}, error) {
+// watchBehind is how many events a watcher may be behind: those above are lost.
+const watchBehind = 1024
+
+// watcher is somebody who watches.
+type watcher struct {
+	events chan target.Event
+	lost   bool // some, of which he was not told yet
+}
+
+// Watch tells of starts of programs, forks and exits, not when they happened.
+func (m *Machine) Watch(ctx context.Context) (<-chan target.Event, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, fmt.Errorf("cannot watch processes: %w", err)
 	}
-	c := make(chan struct{}, 1)
+	w := &watcher{events: make(chan target.Event, watchBehind)}
 	m.mu.Lock()
-	m.wakes[c] = true
+	m.watchers[w] = true
 	m.mu.Unlock()
 	context.AfterFunc(ctx, func() {
 		m.mu.Lock()
 		defer m.mu.Unlock()
-		delete(m.wakes, c)
-		close(c)
+		delete(m.watchers, w)
+		close(w.events)
 	})
-	return c, nil
+	return w.events, nil
 }
 
-// wake needs the lock.
-func (m *Machine) wake() {
-	for c := range m.wakes {
+// Deafen keeps events from those who watch from now on, or no longer: they are
+// lost, and nobody is told. Processes start and end all the same.
+func (m *Machine) Deafen(deaf bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.deaf = deaf
+}
+
+// Tell sends an event, whether or not it happened.
+func (m *Machine) Tell(e target.Event) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.send(e)
+}
+
+// tell needs the lock.
+func (m *Machine) tell(e target.Event) {
+	if !m.deaf {
+		m.send(e)
+	}
+}
+
+func (m *Machine) send(e target.Event) {
+	for w := range m.watchers {
+		if w.lost {
+			select {
+			case w.events <- target.Event{Kind: target.Lost}:
+				w.lost = false
+			default:
+				continue
+			}
+		}
 		select {
-		case c <- struct{}{}:
-		default: // a wake-up is waiting already
+		case w.events <- e:
+		default:
+			w.lost = true
 		}
 	}
+}
+
+// ListOf tells of some processes. It counts as one list.
+func (m *Machine) ListOf(ctx context.Context, pids []int) ([]target.Info, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, fmt.Errorf("cannot list processes: %w", err)
+	}
+	if err := m.begin(OpList, nil); err != nil {
+		return nil, fmt.Errorf("cannot list processes: %w", err)
+	}
+	defer m.mu.Unlock()
+	var list []target.Info
+	for _, pid := range pids {
+		if p := m.procs[pid]; p != nil {
+			list = append(list, p.describe())
+		}
+	}
+	return list, nil
 }
 
 // Probe always says yes: a simulated machine allows everything its scene does not refuse.

@@ -47,7 +47,11 @@ var mutants = map[string]string{
 	"the change counter stands":         "the change counter follows mappings",
 	"the change counter always changes": "the change counter follows mappings",
 	"writes are not flushed":            "a swap changes what runs, and back",
-	"the watch sleeps":                  "the watch wakes",
+	"the watch sleeps":                  "the watch tells",
+	"the watch tells of others":         "the watch tells",
+	"the watch tells no exits":          "the watch tells",
+	"the list of some is of all":        "list of some",
+	"the list of some is of none":       "list of some",
 }
 
 // TestMutants: the suite is worth something only if it fails.
@@ -132,11 +136,39 @@ func (m *mutant) Open(ctx context.Context, id target.ID) (target.Process, error)
 	return &mutantProcess{Process: p, m: m, id: id}, nil
 }
 
-func (m *mutant) Watch(ctx context.Context) (<-chan struct{}, error) {
-	if m.is("the watch sleeps") {
-		return make(chan struct{}), nil
+func (m *mutant) Watch(ctx context.Context) (<-chan target.Event, error) {
+	events, err := m.Machine.Watch(ctx)
+	if err != nil || !m.is("the watch sleeps") && !m.is("the watch tells of others") && !m.is("the watch tells no exits") {
+		return events, err
 	}
-	return m.Machine.Watch(ctx)
+	out := make(chan target.Event)
+	go func() {
+		defer close(out)
+		for e := range events {
+			switch {
+			case m.is("the watch sleeps"), m.is("the watch tells no exits") && e.Kind == target.Exited:
+				continue
+			case m.is("the watch tells of others"):
+				e.PID++
+			}
+			select {
+			case out <- e:
+			case <-ctx.Done():
+			}
+		}
+	}()
+	return out, nil
+}
+
+func (m *mutant) ListOf(ctx context.Context, pids []int) ([]target.Info, error) {
+	if m.is("the list of some is of all") {
+		return m.Machine.List(ctx)
+	}
+	list, err := m.Machine.ListOf(ctx, pids)
+	if m.is("the list of some is of none") {
+		list = nil
+	}
+	return list, err
 }
 
 type mutantProcess struct {

@@ -19,6 +19,8 @@ type process struct {
 	threads []*thread
 	frozen  *frozen // who holds it, nil if nobody does
 	gone    bool
+	code    uint32 // with which it ended
+	signal  int    // by which it ended
 	denied  bool
 	change  uint64
 	sites   []site
@@ -74,7 +76,7 @@ func (m *Machine) Start(s Process) (target.ID, error) {
 		return target.ID{}, err
 	}
 	m.procs[p.id.PID] = p
-	m.wake()
+	m.tell(target.Event{Kind: target.Started, PID: p.id.PID})
 	return p.id, nil
 }
 
@@ -203,6 +205,7 @@ func (m *Machine) exit(p *process) {
 	}
 	m.endLife(p)
 	delete(m.procs, p.id.PID)
+	m.tell(target.Event{Kind: target.Exited, PID: p.id.PID, Code: p.code, Signal: p.signal})
 }
 
 func (m *Machine) endLife(p *process) {
@@ -232,13 +235,17 @@ func (m *Machine) replace(p *process, s Process) error {
 	}
 	m.endLife(p)
 	m.procs[p.id.PID] = next
-	m.wake()
+	m.tell(target.Event{Kind: target.Started, PID: p.id.PID})
 	return nil
 }
 
 // Exit ends a process.
-func (m *Machine) Exit(pid int) error {
+func (m *Machine) Exit(pid int) error { return m.ExitWith(pid, 0, 0) }
+
+// ExitWith ends a process with an exit code, or by a signal.
+func (m *Machine) ExitWith(pid int, code uint32, signal int) error {
 	return m.with(pid, "exit", func(p *process) error {
+		p.code, p.signal = code, signal
 		m.exit(p)
 		return nil
 	})
@@ -297,7 +304,7 @@ func (m *Machine) Fork(pid int) (target.ID, error) {
 		}
 		m.changed(c)
 		m.procs[child] = c
-		m.wake()
+		m.tell(target.Event{Kind: target.Forked, PID: child, Parent: pid})
 		return nil
 	})
 	return id, err

@@ -15,7 +15,8 @@ var listCases = []testCase{
 	{"open twice", openTwice},
 	{"open what the system refuses", openDenied},
 	{"a closed handle does nothing", closed},
-	{"the watch wakes", watchWakes},
+	{"the watch tells", watchTells},
+	{"list of some", listOfSome},
 	{"the probe speaks", probe},
 }
 
@@ -161,7 +162,7 @@ func closed(e *env) {
 	e.runs(v)
 }
 
-func watchWakes(e *env) {
+func watchTells(e *env) {
 	w, ok := e.Backend.(target.Watcher)
 	if !ok {
 		e.leaveOut("the backend is no Watcher")
@@ -172,19 +173,34 @@ func watchWakes(e *env) {
 	if err != nil {
 		e.leaveOut("needs a way to watch process starts: %v", err)
 	}
-	e.start(Want{})
-	woken := false
-	e.until("a process start wakes", func() bool {
-		select {
-		case _, woken = <-c:
-			if !woken {
-				e.Fatal("the channel was closed before ctx ended")
+	next := func(what string, wanted func(target.Event) bool) {
+		e.until(what, func() bool {
+			for {
+				select {
+				case x, open := <-c:
+					if !open {
+						e.Fatal("the channel was closed before ctx ended")
+					}
+					if wanted(x) {
+						return true
+					}
+				default:
+					return false
+				}
 			}
-			return true
-		default:
-			return false
-		}
-	})
+		})
+	}
+	v := e.start(Want{})
+	next("a start is told", func(x target.Event) bool { return x.Kind == target.Started && x.PID == v.PID() })
+	if f, ok := v.(Forker); ok {
+		child, err := f.Fork()
+		e.absent(err)
+		next("a fork is told", func(x target.Event) bool {
+			return x.Kind == target.Forked && x.PID == child.PID() && (x.Parent == v.PID() || x.Parent == 0)
+		})
+	}
+	v.Exit()
+	next("an exit is told", func(x target.Event) bool { return x.Kind == target.Exited && x.PID == v.PID() })
 	cancel()
 	e.until("the channel is closed when ctx ends", func() bool {
 		select {
@@ -194,6 +210,51 @@ func watchWakes(e *env) {
 			return false
 		}
 	})
+}
+
+func listOfSome(e *env) {
+	w, ok := e.Backend.(target.Watcher)
+	if !ok {
+		e.leaveOut("the backend is no Watcher")
+	}
+	v, other := e.start(Want{}), e.start(Want{})
+	of := func(pids ...int) map[int]target.Info {
+		list, err := w.ListOf(e.Context(), pids)
+		if err != nil {
+			e.Fatalf("ListOf: %v", err)
+		}
+		m := map[int]target.Info{}
+		for _, i := range list {
+			m[i.PID] = i
+		}
+		if len(m) != len(list) {
+			e.Errorf("ListOf of %v tells of a process twice", pids)
+		}
+		return m
+	}
+	// Asked for first, before any List: it needs none.
+	got := of(v.PID())
+	if i, ok := got[v.PID()]; !ok || len(got) != 1 || i.Start == 0 || i.Host == "" || i.Bare {
+		e.Fatalf("ListOf of %d: %+v", v.PID(), got)
+	}
+	if i := e.info(v); i.ID != got[v.PID()].ID || i.Change != got[v.PID()].Change {
+		e.Errorf("List %+v, ListOf %+v", i, got[v.PID()])
+	}
+	if got = of(v.PID(), other.PID()); len(got) != 2 {
+		e.Errorf("ListOf of two: %+v", got)
+	}
+	if m, ok := v.(Mapper); ok {
+		before := got[v.PID()].Change
+		_, err := m.Map()
+		e.absent(err)
+		if after := of(v.PID())[v.PID()].Change; after == before {
+			e.Error("a module was mapped, and Change is the same")
+		}
+	}
+	v.Exit()
+	if got = of(v.PID(), other.PID()); len(got) != 1 || got[other.PID()].PID == 0 {
+		e.Errorf("ListOf of one that is over and one that is not: %+v", got)
+	}
 }
 
 func probe(e *env) {
