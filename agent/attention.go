@@ -149,7 +149,9 @@ func (a *Agent) toDo(in Intent) string {
 		}
 	case "manual", "rollback":
 		return "hotpatch install " + id
-	case "not-before", "ring", "hours":
+	case "not-approved":
+		return "list it under approve in " + a.o.Config.Policy.File + "; or hotpatch install " + id
+	case "not-before", "deferred", "ring", "hours":
 		return "nothing: it comes by itself; now: hotpatch install " + id
 	case "expired":
 		return "hotpatch check; the publisher has to sign the metadata anew, or this clock is ahead"

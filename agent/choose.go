@@ -27,7 +27,9 @@ type wishes struct {
 	Products  []Glob
 	Hold      func(id string) (reason, bool)
 	Mode      Mode
-	Installed map[string]bool   // ids the operator asked for, for mode manual and for releases off their ring
+	Approve   []string          // ids, for mode approved
+	Defer     time.Duration     // after publication
+	Installed map[string]bool   // ids the operator asked for, for what mode, deferral and rollouts hold back
 	InForce   map[string]string // product → id in force
 	Floors    map[string]uint32 // product and baseline → highest sequence ever in force
 	Ends      time.Time         // of the metadata
@@ -58,6 +60,7 @@ type choice struct {
 	Want    *repository.Offer // nil: nothing should be in force
 	Latest  *repository.Offer // the highest that is for this device, wanted or not
 	Why     reason            // why Latest is not Want
+	Opens   time.Time         // when time alone lets one in that is above Want; zero: no such one
 	Held    *repository.Offer // the one that a hold alone keeps out, nil if none: what is older than Want is not missed
 }
 
@@ -77,7 +80,7 @@ func fits(o repository.Offer, d device) (reason, bool) {
 }
 
 // installable tells whether an operator may bring an offer into force: his word
-// is enough for what rollouts and mode manual hold back.
+// is enough for what rollouts, deferral and the modes hold back.
 func installable(o repository.Offer, d device, w wishes) (reason, bool) {
 	if r, ok := fits(o, d); !ok {
 		return r, false
@@ -126,12 +129,45 @@ func allowed(o repository.Offer, d device, w wishes, now time.Time, fresh bool) 
 		return because("expired", "the repository's metadata ended %s: nothing new comes into force", stamp(w.Ends)), false
 	case w.Mode == Manual:
 		return because("manual", "the policy says mode = \"manual\""), false
-	case o.Rollout.NotBefore != nil && now.Before(*o.Rollout.NotBefore):
-		return because("not-before", "its publisher releases it on %s", stamp(*o.Rollout.NotBefore)), false
+	case w.Mode == Approved && !slices.Contains(w.Approve, o.ID):
+		return because("not-approved", "the policy's approve does not list it"), false
 	case d.Place >= o.Rollout.Percent:
 		return because("ring", "its rollout has reached %d %% of devices, this one is at %d", o.Rollout.Percent, d.Place), false
 	}
+	if r := early(o, w.Defer, now); r.Code != "" {
+		return r, false
+	}
 	return reason{}, true
+}
+
+// opens is when neither its publisher nor the policy's deferral keeps an offer
+// back any more; the zero time if neither ever did.
+func opens(o repository.Offer, deferral time.Duration) (at time.Time) {
+	if o.Rollout.NotBefore != nil {
+		at = *o.Rollout.NotBefore
+	}
+	if deferral > 0 && o.Published.Add(deferral).After(at) {
+		at = o.Published.Add(deferral)
+	}
+	return at
+}
+
+// early tells of the two the one that ends later, so that the time it names is
+// the time it comes. How bad it is what the release fixes makes no exception:
+// the policy's owner knows the severity and can install.
+func early(o repository.Offer, deferral time.Duration, now time.Time) reason {
+	at := opens(o, deferral)
+	switch {
+	case !now.Before(at):
+		return reason{}
+	case o.Rollout.NotBefore != nil && at.Equal(*o.Rollout.NotBefore):
+		return because("not-before", "its publisher releases it on %s", stamp(at))
+	}
+	text := fmt.Sprintf("the policy defers it until %s, %s after its publication", stamp(at), deferral)
+	if severityRank(o.Severity) == 0 {
+		text += "; it is critical"
+	}
+	return reason{"deferred", text}
 }
 
 // choose decides for each product which release should be in force. It is
@@ -164,6 +200,11 @@ func choose(offers []repository.Offer, d device, w wishes, now time.Time, fresh 
 				c.Want = o
 				break
 			}
+			if timed[r.Code] && !below {
+				if at := opens(*o, w.Defer); c.Opens.IsZero() || at.Before(c.Opens) {
+					c.Opens = at
+				}
+			}
 			if c.Held == nil && r.Code == "held" && !below {
 				if _, would := installable(*o, d, unheld); would {
 					c.Held = o
@@ -180,6 +221,9 @@ func choose(offers []repository.Offer, d device, w wishes, now time.Time, fresh 
 	}
 	return out
 }
+
+// timed are the reasons that end at a time known beforehand.
+var timed = map[string]bool{"not-before": true, "deferred": true}
 
 // highest orders the offers of one product: the highest sequence first.
 func highest(a, b repository.Offer) int {

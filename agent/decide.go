@@ -17,12 +17,14 @@ import (
 type View struct {
 	Now      time.Time
 	Eligible bool
-	Fails    []string        // checks that stand in the way
-	Paused   reason          // Code "" = not paused
-	Lost     reason          // Code "" = the operator's word is whole; else it went with a damaged state
-	Chosen   map[string]bool // releases that the operator asked for: a loss does not hold them back
-	Closed   bool            // outside the policy's hours
-	Forced   string          // product whose release an operator asked for just now: hours do not matter
+	Fails    []string         // checks that stand in the way
+	Paused   reason           // Code "" = not paused
+	Lost     reason           // Code "" = the operator's word is whole; else it went with a damaged state
+	Chosen   map[string]bool  // releases that the operator asked for: a loss does not hold them back
+	Closed   bool             // outside the policy's hours
+	Opens    time.Time        // when they open again, if Closed
+	Grace    map[string]grace // by product, when what is in force stops keeping to the hours; none: never
+	Forced   string           // product whose release an operator asked for just now: hours do not matter
 	Choices  map[string]choice
 	Scope    func(product string) bool           // products that concern this installation
 	Word     func(release string) (reason, bool) // somebody's word takes this release out
@@ -316,8 +318,8 @@ func (v View) gate(in Intent) (Intent, bool) {
 		in.Reason, in.Remedy = because("not-eligible", "the device is not eligible: %s", strings.Join(v.Fails, ", ")), control.RemedyPolicy
 	case isDenied:
 		in.State, in.Reason, in.Remedy = control.Blocked, denied, control.RemedyPolicy
-	case v.Closed && v.Forced != in.Product:
-		in.State, in.Reason, in.Remedy = control.PendingImage, because("hours", "outside the policy's hours"), control.RemedyWait
+	case v.Closed && v.Forced != in.Product && !v.graceOver(in):
+		in = v.outsideHours(in)
 	case !v.Ready(in.Offer.ID):
 		in.State, in.Reason, in.Remedy = control.PendingImage, because("loading", "%s is being fetched and verified", in.Offer.ID), control.RemedyWait
 	default:
@@ -388,7 +390,7 @@ var blocks = map[string]bool{"out-of-scope": true, "feature": true, "consistency
 
 func remedyFor(r reason) control.Remedy {
 	switch r.Code {
-	case "not-before", "ring", "expired", "fetch":
+	case "not-before", "deferred", "ring", "expired", "fetch":
 		return control.RemedyWait
 	case "baseline":
 		return control.RemedyBaseline

@@ -4,6 +4,9 @@ import (
 	"fmt"
 	"strings"
 	"time"
+
+	"hotpatchd/agent/control"
+	"hotpatchd/agent/store"
 )
 
 // Window is a span of local time: on the given days from one minute of the day
@@ -107,4 +110,53 @@ func minuteOfDay(s string) (int, bool) {
 	}
 	t, err := time.Parse("15:04", s)
 	return t.Hour()*60 + t.Minute(), err == nil && len(s) == 5
+}
+
+// grace is when a release stops keeping to the hours.
+type grace struct {
+	Release string
+	Ends    time.Time
+}
+
+// hoursOpen is when the policy's hours open, now if they are.
+func (a *Agent) hoursOpen(now time.Time) time.Time {
+	if a.policy == nil {
+		return now
+	}
+	return a.policy.Hours.Next(now)
+}
+
+// graceEnds counts from when a release came into force here: that is on disk,
+// so that a restart of the daemon, or a process that starts every hour, does not
+// begin the wait anew.
+func (a *Agent) graceEnds() map[string]grace {
+	if a.policy == nil || a.policy.HoursGrace <= 0 {
+		return nil
+	}
+	out := map[string]grace{}
+	a.store.View(func(tx *store.Tx) error {
+		for product, f := range inForceIn(tx) {
+			out[product] = grace{f.ID, f.Since.Add(a.policy.HoursGrace)}
+		}
+		return nil
+	})
+	return out
+}
+
+// graceOver tells whether the offer has waited for the hours long enough.
+func (v View) graceOver(in Intent) bool {
+	g, ok := v.Grace[in.Product]
+	return ok && g.Release == in.Offer.ID && !v.Now.Before(g.Ends)
+}
+
+// outsideHours says when the wait ends: with the hours, or with the grace if
+// that is sooner.
+func (v View) outsideHours(in Intent) Intent {
+	in.State, in.Remedy, in.Again = control.PendingImage, control.RemedyWait, v.Opens
+	in.Reason = because("hours", "outside the policy's hours, which begin %s", stamp(v.Opens))
+	if g, ok := v.Grace[in.Product]; ok && g.Release == in.Offer.ID && g.Ends.Before(v.Opens) {
+		in.Again = g.Ends
+		in.Reason = because("hours", "outside the policy's hours; its grace ends %s, before they begin", stamp(g.Ends))
+	}
+	return in
 }

@@ -69,15 +69,17 @@ func TestEveryPolicyKeyCanBeManaged(t *testing.T) {
 	if err := os.WriteFile(file, []byte(policyHead+"enrolled = false\nmode = \"automatic\"\nring = 3\nhold = [\"OLD\"]\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	f := newFleet(asNumber("enrolled", 1), asNumber("allow_hotpatch", 0), asText("mode", "manual"), asNumber("pause", 1), asList("hold", "A", "B"),
-		asList("deny", "exe:x.exe", "user:eve"), asList("waive", "vbs"), asNumber("ring", 50), asList("hours", "Mon-Fri 22:00-04:00"), asText("busy_budget", "90s"))
+	f := newFleet(asNumber("enrolled", 1), asNumber("allow_hotpatch", 0), asText("mode", "manual"), asList("approve", "C"), asText("defer", "24h"), asNumber("pause", 1), asList("hold", "A", "B"),
+		asList("deny", "exe:x.exe", "user:eve"), asList("waive", "vbs"), asNumber("ring", 50), asList("hours", "Mon-Fri 22:00-04:00"), asText("hours_grace", "72h"), asText("busy_budget", "90s"),
+		asText("guard", "off"), asText("guard_window", "1m"), asText("canary", "5s"))
 	p, shown, err := LoadManagedPolicy(file, f)
 	if err != nil {
 		t.Fatal(err)
 	}
 	yes, no := true, false
 	want := &Policy{File: file, Enrolled: &yes, AllowHotpatch: &no, Mode: Manual, Pause: true, Hold: []string{"A", "B"}, Deny: p.Deny,
-		Waive: []string{"vbs"}, Ring: 50, Hours: p.Hours, BusyBudget: 90 * time.Second}
+		Waive: []string{"vbs"}, Ring: 50, Hours: p.Hours, BusyBudget: 90 * time.Second,
+		Approve: []string{"C"}, Defer: 24 * time.Hour, HoursGrace: 72 * time.Hour, Guard: GuardOff, GuardWindow: time.Minute, Canary: 5 * time.Second}
 	if !reflect.DeepEqual(p, want) || len(p.Deny) != 2 || len(p.Hours) != 1 {
 		t.Errorf("%+v\nwant %+v", p, want)
 	}

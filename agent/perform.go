@@ -98,13 +98,17 @@ func (a *Agent) due() bool {
 // hour is what of a decision depends on time alone.
 type hour struct {
 	fresh, soon, closed bool
-	begun               int // releases whose rollout has begun
+	begun               int // releases whose time has come, by rollout and deferral
 }
 
 func (a *Agent) hourOf(now time.Time) hour {
 	h := hour{fresh: a.fresh(now), soon: !a.expires.IsZero() && a.expires.Sub(now) < expirySoon, closed: a.closed(now)}
-	for _, o := range a.offers {
-		if o.Rollout.NotBefore != nil && !now.Before(*o.Rollout.NotBefore) {
+	deferral := time.Duration(0)
+	if a.policy != nil {
+		deferral = a.policy.Defer
+	}
+	for _, o := range a.allOffers() {
+		if !now.Before(opens(o, deferral)) {
 			h.begun++
 		}
 	}

@@ -7,7 +7,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-	"unicode/utf8"
 
 	"hotpatchd/agent/control"
 	"hotpatchd/agent/release"
@@ -23,8 +22,20 @@ const (
 	maxDenials    = 1000
 	maxHours      = 100
 	maxGlob       = 512 // bytes of one pattern
+	maxApprovals  = 1000
 	maxBusyBudget = 24 * time.Hour
 	busyBudget    = 10 * time.Minute // default
+	// maxDefer bounds defer and hours_grace: what waits for longer than a quarter
+	// is replaced by the next baseline, and a longer word is a mistake in units.
+	maxDefer      = 90 * 24 * time.Hour
+	minHoursGrace = time.Minute // with less, hours would mean nothing
+	// A window below a second tells nothing; beyond a day the daemon of a laptop
+	// rarely lives to see its end.
+	minGuardWindow     = time.Second
+	maxGuardWindow     = 24 * time.Hour
+	defaultGuardWindow = 10 * time.Minute // default
+	maxCanary          = time.Hour        // the others stay unfixed meanwhile
+	defaultCanary      = time.Minute      // default
 )
 
 // Mode tells who begins the work.
@@ -32,7 +43,17 @@ type Mode string
 
 const (
 	Automatic Mode = "automatic" // releases are applied as they come
+	Approved  Mode = "approved"  // only releases that the policy names come into force
 	Manual    Mode = "manual"    // only "hotpatch install" applies
+)
+
+// Guard tells what the health guard may do when patched processes end badly.
+type Guard string
+
+const (
+	GuardOff     Guard = "off"     // nothing is watched, and there is no canary
+	GuardObserve Guard = "observe" // watched and reported, nothing is taken out
+	GuardEnforce Guard = "enforce" // a release that harms is taken out and held
 )
 
 // Policy is the owner's word. It may be replaced while the daemon runs; a
@@ -44,18 +65,31 @@ type Policy struct {
 	Enrolled      *bool // nil: not said. Linux: not enrolled; Windows: device management decides
 	AllowHotpatch *bool // nil: not said. Linux: not allowed; Windows: device management decides
 	Mode          Mode
-	Pause         bool     // nothing new is applied; what is applied stays
-	Hold          []string // releases that are not wanted
-	Deny          []Denial
-	Waive         []string // ids of eligibility checks
+	Approve       []string // releases that may come into force in mode "approved"; none is implied by another
+	// Defer is how long after its publication a release is left to others, whatever
+	// its severity. 0: not at all.
+	Defer time.Duration
+	Pause bool     // nothing new is applied; what is applied stays
+	Hold  []string // releases that are not wanted
+	Deny  []Denial
+	Waive []string // ids of eligibility checks
 	// Ring is the device's place in rollouts, 0 (first) to 99 (last): a release
 	// with rollout percent N reaches places below N. -1: by a hash of the device id.
 	Ring int
 	// Hours are when work may begin by itself, in local time; none: always.
 	Hours Hours
+	// HoursGrace is how long after it came into force here a release keeps to
+	// Hours; then it is applied at any time. 0: it keeps to them for ever.
+	HoursGrace time.Duration
 	// BusyBudget is how long a busy process is tried again and again at short
 	// intervals; after that it is tried at each pass of the loop only. Never given up.
 	BusyBudget time.Duration
+	// Guard, GuardWindow and Canary are the health guard's: how long patched
+	// processes are watched after a release was applied, and how long the first of
+	// them runs before the others follow (0: all at once).
+	Guard       Guard
+	GuardWindow time.Duration
+	Canary      time.Duration
 }
 
 // Kinds of error of LoadPolicy and ParsePolicy, for errors.Is. An absent file is neither.
@@ -76,13 +110,19 @@ type policyFile struct {
 	Enrolled      *bool    `toml:"enrolled"`
 	AllowHotpatch *bool    `toml:"allow_hotpatch"`
 	Mode          string   `toml:"mode"`
+	Approve       []string `toml:"approve"`
+	Defer         string   `toml:"defer"`
 	Pause         bool     `toml:"pause"`
 	Hold          []string `toml:"hold"`
 	Deny          []string `toml:"deny"`
 	Waive         []string `toml:"waive"`
 	Ring          *int     `toml:"ring"`
 	Hours         []string `toml:"hours"`
+	HoursGrace    string   `toml:"hours_grace"`
 	BusyBudget    string   `toml:"busy_budget"`
+	Guard         string   `toml:"guard"`
+	GuardWindow   string   `toml:"guard_window"`
+	Canary        string   `toml:"canary"`
 }
 
 // LoadPolicy reads the policy. A file that is not there is a policy with Absent
@@ -129,7 +169,10 @@ func ParsePolicy(file string, text []byte) (*Policy, error) {
 
 // unsaid words what the policy means where it says nothing.
 func unsaid(in *policyFile) map[string]string {
-	word := map[string]string{"busy_budget": strconv.Quote(busyBudget.String())}
+	word := map[string]string{}
+	for key, d := range map[string]time.Duration{"defer": 0, "busy_budget": busyBudget, "guard_window": defaultGuardWindow, "canary": defaultCanary} {
+		word[key] = strconv.Quote(d.String())
+	}
 	for key, silent := range map[string]bool{"enrolled": in.Enrolled == nil, "allow_hotpatch": in.AllowHotpatch == nil} {
 		if silent {
 			word[key] = "not set"
@@ -142,7 +185,7 @@ func unsaid(in *policyFile) map[string]string {
 }
 
 func parsePolicy(file string, text []byte, over settings) (*Policy, []control.Setting, error) {
-	in := policyFile{Mode: string(Automatic)}
+	in := policyFile{Mode: string(Automatic), Guard: string(GuardEnforce)}
 	d, err := decode(file, text, PolicyFormat, &in)
 	if err == nil {
 		err = d.overlay(&in, over)
@@ -162,23 +205,35 @@ func (in *policyFile) policy(file string, d *document) (*Policy, error) {
 	var err error
 	p := &Policy{
 		File: file, Enrolled: in.Enrolled, AllowHotpatch: in.AllowHotpatch, Mode: Mode(in.Mode), Pause: in.Pause,
-		Hold: in.Hold, Waive: in.Waive, Ring: -1,
+		Approve: in.Approve, Hold: in.Hold, Waive: in.Waive, Ring: -1, Guard: Guard(in.Guard),
 	}
-	if err := d.oneOf("mode", in.Mode, string(Automatic), string(Manual)); err != nil {
+	if err := d.oneOf("mode", in.Mode, string(Automatic), string(Approved), string(Manual)); err != nil {
 		return nil, err
+	}
+	if err := d.oneOf("guard", in.Guard, string(GuardOff), string(GuardObserve), string(GuardEnforce)); err != nil {
+		return nil, err
+	}
+	// Who lists what may come does not want the rest.
+	if p.Mode == Automatic && len(in.Approve) > 0 {
+		return nil, d.errorf("approve", "needs mode = %q: with %q every release comes into force, listed or not", Approved, Automatic)
 	}
 	for _, list := range []struct {
 		key    string
 		length int
 		most   int
-	}{{"hold", len(in.Hold), maxHolds}, {"deny", len(in.Deny), maxDenials}, {"hours", len(in.Hours), maxHours}} {
+	}{{"approve", len(in.Approve), maxApprovals}, {"hold", len(in.Hold), maxHolds}, {"deny", len(in.Deny), maxDenials}, {"hours", len(in.Hours), maxHours}} {
 		if list.length > list.most {
 			return nil, d.errorf(list.key, "has %d entries, at most %d are read", list.length, list.most)
 		}
 	}
-	for i, id := range in.Hold {
-		if !release.ValidID(id) {
-			return nil, d.errorf(fmt.Sprintf("hold[%d]", i), "%q is not the id of a release", id)
+	for _, list := range []struct {
+		key string
+		ids []string
+	}{{"approve", in.Approve}, {"hold", in.Hold}} {
+		for i, id := range list.ids {
+			if !release.ValidID(id) {
+				return nil, d.errorf(fmt.Sprintf("%s[%d]", list.key, i), "%q is not the id of a release", id)
+			}
 		}
 	}
 	for i, id := range in.Waive {
@@ -205,10 +260,24 @@ func (in *policyFile) policy(file string, d *document) (*Policy, error) {
 			return nil, d.errorf("ring", "%d is not between 0 (first) and 99 (last)", p.Ring)
 		}
 	}
-	if p.BusyBudget, err = d.duration("busy_budget", in.BusyBudget, busyBudget, 0, maxBusyBudget); err != nil {
-		return nil, err
+	for _, x := range []struct {
+		into                  *time.Duration
+		key, text             string
+		fallback, least, most time.Duration
+	}{
+		{&p.Defer, "defer", in.Defer, 0, 0, maxDefer},
+		{&p.BusyBudget, "busy_budget", in.BusyBudget, busyBudget, 0, maxBusyBudget},
+		{&p.GuardWindow, "guard_window", in.GuardWindow, defaultGuardWindow, minGuardWindow, maxGuardWindow},
+		{&p.Canary, "canary", in.Canary, defaultCanary, 0, maxCanary},
+	} {
+		if *x.into, err = d.duration(x.key, x.text, x.fallback, x.least, x.most); err != nil {
+			return nil, err
+		}
 	}
-	return p, nil
+	if in.HoursGrace != "" { // "" is the default's own word: never
+		p.HoursGrace, err = d.duration("hours_grace", in.HoursGrace, 0, minHoursGrace, maxDefer)
+	}
+	return p, err
 }
 
 func checkIDs() string {
@@ -240,156 +309,4 @@ func (p *Policy) Held(id string) bool {
 		}
 	}
 	return false
-}
-
-// Denied finds the first rule that forbids touching an image of a process. An
-// empty image asks about the process as a whole.
-func (p *Policy) Denied(exe, user, image string) (Denial, bool) {
-	for _, d := range p.Deny {
-		if d.Match(exe, user, image) {
-			return d, true
-		}
-	}
-	return Denial{}, false
-}
-
-// DenialKind is what a rule of "deny" looks at.
-type DenialKind string
-
-const (
-	DenyExe   DenialKind = "exe"   // the process's program: its PE path or name
-	DenyUser  DenialKind = "user"  // the process's owner
-	DenyImage DenialKind = "image" // the image's path or name
-)
-
-// Denial is one rule of "deny".
-type Denial struct {
-	Kind DenialKind
-	Glob Glob
-}
-
-// parseDenial reads "exe:GLOB", "user:GLOB", "image:GLOB" or "GLOB", which means
-// exe. One letter before a colon is a drive.
-func parseDenial(text string) (Denial, error) {
-	kind, glob, ok := strings.Cut(text, ":")
-	if !ok || len(kind) < 2 || strings.ContainsAny(kind, `/\*?.`) {
-		kind, glob = string(DenyExe), text
-	}
-	d := Denial{Kind: DenialKind(kind), Glob: Glob(glob)}
-	switch d.Kind {
-	case DenyExe, DenyUser, DenyImage:
-		return d, d.Glob.valid()
-	}
-	return Denial{}, fmt.Errorf("%q is none of exe:, user:, image:", kind+":")
-}
-
-func (d Denial) String() string { return string(d.Kind) + ":" + string(d.Glob) }
-
-// Match tells whether the rule forbids. Paths and names are as the process has
-// them; either may be given.
-func (d Denial) Match(exe, user, image string) bool {
-	switch d.Kind {
-	case DenyUser:
-		return d.Glob.Match(user)
-	case DenyImage:
-		return image != "" && d.Glob.Match(image)
-	}
-	return d.Glob.Match(exe)
-}
-
-// Glob is a pattern for paths and names: * stands for any run of characters,
-// folders included, ? for one. Upper and lower case, and / and \, are the same:
-// Windows' names are, and a rule that forbids too much is noticed, one that
-// forbids too little is not. It matches a whole path or its last element.
-type Glob string
-
-func (g Glob) valid() error {
-	switch {
-	case g == "":
-		return errors.New("the pattern is empty")
-	case len(g) > maxGlob:
-		return fmt.Errorf("the pattern is longer than %d bytes", maxGlob)
-	case !utf8.ValidString(string(g)):
-		return errors.New("the pattern is not UTF-8")
-	}
-	return nil
-}
-
-// Match tells whether path, or its last element, fits the pattern.
-func (g Glob) Match(path string) bool {
-	pattern, name := fold(string(g)), fold(path)
-	if wild(pattern, name) {
-		return true
-	}
-	i := strings.LastIndexByte(name, '/')
-	return i >= 0 && wild(pattern, name[i+1:])
-}
-
-// MatchAny tells whether one of the patterns matches.
-func MatchAny(globs []Glob, path string) bool {
-	for _, g := range globs {
-		if g.Match(path) {
-			return true
-		}
-	}
-	return false
-}
-
-// fold makes equal what is the same file: \\?\C:\A and c:/a.
-func fold(s string) string {
-	s = strings.ToLower(strings.ReplaceAll(s, `\`, "/"))
-	for _, prefix := range []string{"//?/", "/??/", "//./"} {
-		s = strings.TrimPrefix(s, prefix)
-	}
-	return s
-}
-
-// wild matches with * and ?. It never takes more than len(pattern)·len(name)
-// steps: only the last * is ever tried again.
-func wild(pattern, name string) bool {
-	p, n, star, mark := 0, 0, -1, 0
-	for n < len(name) {
-		if p < len(pattern) && pattern[p] == '*' {
-			star, mark = p, n
-			p++
-			continue
-		}
-		if p < len(pattern) && pattern[p] == '?' {
-			_, size := utf8.DecodeRuneInString(name[n:])
-			p, n = p+1, n+size
-			continue
-		}
-		if p < len(pattern) && pattern[p] == name[n] {
-			p, n = p+1, n+1
-			continue
-		}
-		if star < 0 {
-			return false
-		}
-		mark++
-		p, n = star+1, mark
-	}
-	for p < len(pattern) && pattern[p] == '*' {
-		p++
-	}
-	return p == len(pattern)
-}
-
-// globs checks a list of patterns; a key that is not in the file is the default.
-func (d *document) globs(key string, texts []string, fallback []Glob) ([]Glob, error) {
-	if !d.set(key) {
-		return fallback, nil
-	}
-	if len(texts) > maxGlobs {
-		return nil, d.errorf(key, "has %d entries, at most %d are read", len(texts), maxGlobs)
-	}
-	globs := []Glob{}
-	for i, text := range texts {
-		g := Glob(text)
-		if err := g.valid(); err != nil {
-			return nil, d.errorf(fmt.Sprintf("%s[%d]", key, i), "%s", err)
-		}
-		globs = append(globs, g)
-	}
-	return globs, nil
 }

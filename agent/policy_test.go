@@ -21,14 +21,20 @@ func TestPolicyEverySetting(t *testing.T) {
 	p, err := ParsePolicy("p.toml", []byte(policyHead+`
 enrolled = true
 allow_hotpatch = false
-mode = "manual"
+mode = "approved"
+approve = ["ACME-2026-10", "ACME-2026-09"]
+defer = "72h"
 pause = true
 hold = ["ACME-2026-11"]
 deny = ['C:\Vault\*', "exe:srv.exe", "user:svc-*", "image:codec.dll", "d:/x"]
 waive = ["vbs", "chpe"]
 ring = 7
 hours = ["22:00-06:00", "sat-sun 00:00-24:00"]
+hours_grace = "48h"
 busy_budget = "30s"
+guard = "observe"
+guard_window = "5m"
+canary = "0s"
 `))
 	if err != nil {
 		t.Fatal(err)
@@ -36,7 +42,9 @@ busy_budget = "30s"
 	yes, no := true, false
 	every := [7]bool{true, true, true, true, true, true, true}
 	want := &Policy{
-		File: "p.toml", Enrolled: &yes, AllowHotpatch: &no, Mode: Manual, Pause: true, Hold: []string{"ACME-2026-11"},
+		File: "p.toml", Enrolled: &yes, AllowHotpatch: &no, Mode: Approved, Pause: true, Hold: []string{"ACME-2026-11"},
+		Approve: []string{"ACME-2026-10", "ACME-2026-09"}, Defer: 72 * time.Hour, HoursGrace: 48 * time.Hour,
+		Guard: GuardObserve, GuardWindow: 5 * time.Minute, Canary: 0,
 		Deny:  []Denial{{DenyExe, `C:\Vault\*`}, {DenyExe, "srv.exe"}, {DenyUser, "svc-*"}, {DenyImage, "codec.dll"}, {DenyExe, "d:/x"}},
 		Waive: []string{"vbs", "chpe"}, Ring: 7, BusyBudget: 30 * time.Second,
 		Hours: Hours{{every, 22 * 60, 6 * 60}, {[7]bool{time.Saturday: true, time.Sunday: true}, 0, 24 * 60}},
@@ -48,7 +56,7 @@ busy_budget = "30s"
 		t.Error("Held is wrong")
 	}
 	p, err = ParsePolicy("p.toml", []byte(policyHead))
-	if want := (&Policy{File: "p.toml", Mode: Automatic, Ring: -1, BusyBudget: busyBudget}); err != nil || !reflect.DeepEqual(p, want) {
+	if want := (&Policy{File: "p.toml", Mode: Automatic, Ring: -1, BusyBudget: busyBudget, Guard: GuardEnforce, GuardWindow: 10 * time.Minute, Canary: time.Minute}); err != nil || !reflect.DeepEqual(p, want) {
 		t.Errorf("empty: got  %+v, %v\nwant %+v", p, err, want)
 	}
 }
@@ -57,7 +65,7 @@ func TestPolicyMistakes(t *testing.T) {
 	for text, want := range map[string]string{
 		"enroled = true":             "p.toml:2:1: enroled: no such key\n  2 | enroled = true\n    | ^",
 		"enrolled = \"yes\"":         "p.toml:2:12: enrolled: must be true or false, not a string\n  2 | enrolled = \"yes\"\n    |            ^",
-		"mode = \"auto\"":            "p.toml:2:8: mode: \"auto\" is none of \"automatic\", \"manual\"\n  2 | mode = \"auto\"\n    |        ^",
+		"mode = \"auto\"":            "p.toml:2:8: mode: \"auto\" is none of \"automatic\", \"approved\", \"manual\"\n  2 | mode = \"auto\"\n    |        ^",
 		"waive = [\"os\",\n\"tpm\"]": "p.toml:3:1: waive[1]: \"tpm\" is not a check; the checks are os edition version arch managed policy vbs chpe baseline rights\n  3 | \"tpm\"]\n    | ^",
 		"hold = [\"../x\"]":          "p.toml:2:9: hold[0]: \"../x\" is not the id of a release\n  2 | hold = [\"../x\"]\n    |         ^",
 		"deny = [\"usr:bob\"]":       "p.toml:2:9: deny[0]: \"usr:\" is none of exe:, user:, image:\n  2 | deny = [\"usr:bob\"]\n    |         ^",
@@ -66,6 +74,14 @@ func TestPolicyMistakes(t *testing.T) {
 		"ring = -1":                  "p.toml:2:8: ring: -1 is not between 0 (first) and 99 (last)\n  2 | ring = -1\n    |        ^",
 		"hours = [\"22-06\"]":        "p.toml:2:10: hours[0]: \"22-06\" is not like \"22:00-06:00\" or \"mon-fri 20:00-23:00\"\n  2 | hours = [\"22-06\"]\n    |          ^",
 		"busy_budget = \"48h\"":      "p.toml:2:15: busy_budget: 48h is not between 0s and 24h0m0s\n  2 | busy_budget = \"48h\"\n    |               ^",
+		"guard = \"on\"":             "p.toml:2:9: guard: \"on\" is none of \"off\", \"observe\", \"enforce\"\n",
+		"guard_window = \"0s\"":      "p.toml:2:16: guard_window: 0s is not between 1s and 24h0m0s\n",
+		"canary = \"2h\"":            "p.toml:2:10: canary: 2h is not between 0s and 1h0m0s\n",
+		"defer = \"3d\"":             "p.toml:2:9: defer: \"3d\" is not a duration such as",
+		"defer = \"-1h\"":            "p.toml:2:9: defer: -1h is not between 0s and 2160h0m0s\n",
+		"hours_grace = \"0s\"":       "p.toml:2:15: hours_grace: 0s is not between 1m0s and 2160h0m0s\n",
+		"approve = [\"A\"]":          "p.toml:2:1: approve: needs mode = \"approved\": with \"automatic\" every release comes into force, listed or not\n",
+		"mode = \"approved\"\napprove = [\"A\", \"a b\"]":         "p.toml:3:17: approve[1]: \"a b\" is not the id of a release\n",
 		"deny = [" + strings.Repeat("\"a\",", maxDenials+1) + "]": "p.toml:2:1: deny: has 1001 entries, at most 1000 are read",
 	} {
 		_, err := ParsePolicy("p.toml", []byte(policyHead+text+"\n"))
@@ -242,7 +258,7 @@ func TestHours(t *testing.T) {
 }
 
 func FuzzPolicy(f *testing.F) {
-	f.Add(policyHead + "deny = ['C:\\*']\nhours = [\"mon-fri 20:00-23:00\"]\nring = 3\nbusy_budget = \"1s\"\n")
+	f.Add(policyHead + "deny = ['C:\\*']\nhours = [\"mon-fri 20:00-23:00\"]\nring = 3\nbusy_budget = \"1s\"\nmode = \"approved\"\napprove = [\"A\"]\ndefer = \"72h\"\nhours_grace = \"\"\ncanary = \"0s\"\n")
 	f.Add(policyHead + "waive = [[]]\n")
 	f.Fuzz(func(t *testing.T, text string) {
 		p, err := ParsePolicy("p", []byte(text))
@@ -253,7 +269,8 @@ func FuzzPolicy(f *testing.F) {
 			return
 		}
 		p.Denied("a", "b", "c")
-		if p.Ring < -1 || p.Ring > 99 || p.BusyBudget < 0 || p.Mode != Automatic && p.Mode != Manual {
+		if p.Ring < -1 || p.Ring > 99 || p.BusyBudget < 0 || p.Mode != Automatic && p.Mode != Manual && p.Mode != Approved ||
+			p.Defer < 0 || p.HoursGrace < 0 || p.GuardWindow <= 0 || p.Canary < 0 || p.Mode == Automatic && len(p.Approve) > 0 {
 			t.Errorf("%+v", p)
 		}
 	})

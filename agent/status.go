@@ -38,7 +38,7 @@ type row struct {
 func (a *Agent) publish() {
 	v, w := a.view("")
 	intents := decide(v)
-	a.again, a.hour = a.nextAgain(intents), a.hourOf(v.Now)
+	a.again, a.hour = a.nextAgain(v, intents), a.hourOf(v.Now)
 	s := &snapshot{}
 	s.processes = a.showProcesses(v, intents)
 	s.offers = a.showOffers(v, w)
@@ -52,7 +52,7 @@ func (a *Agent) publish() {
 }
 
 // nextAgain is when the first of the attempts that wait for time is due.
-func (a *Agent) nextAgain(intents []Intent) time.Time {
+func (a *Agent) nextAgain(v View, intents []Intent) time.Time {
 	var first time.Time
 	sooner := func(t time.Time) {
 		if !t.IsZero() && (first.IsZero() || t.Before(first)) {
@@ -64,6 +64,9 @@ func (a *Agent) nextAgain(intents []Intent) time.Time {
 		if in.Kind != DoNothing && in.Try != nil {
 			sooner(in.Try.Next) // its turn came after the round was decided: it is due now
 		}
+	}
+	for _, c := range v.Choices {
+		sooner(c.Opens)
 	}
 	for id, r := range a.broken() {
 		if r.Code == codeFetch && !a.loading[id] {
