@@ -96,6 +96,9 @@ func TestMonths(t *testing.T) {
 	if s := (Month{}).String(); s != "" {
 		t.Errorf("no month is %q", s)
 	}
+	if m := MonthOf(time.Date(2026, time.October, 1, 1, 0, 0, 0, time.FixedZone("", 14*60*60))); m != (Month{2026, time.September}) {
+		t.Errorf("the first hour of October far in the east is %s", m)
+	}
 	if m := (Month{2026, time.January}).Add(-1); m != (Month{2025, time.December}) {
 		t.Errorf("before 2026-01: %s", m)
 	}

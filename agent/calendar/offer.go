@@ -104,7 +104,8 @@ func (l line) ordinary(has int, d Device, code Code, why string, until time.Time
 		return out
 	}
 	u := l.updates[i]
-	if i <= has || has < 0 && d.UBR > 0 && u.UBR > 0 && d.UBR >= u.UBR {
+	late := has >= 0 && l.updates[has].Kind == Hotpatch && l.builds(has) < l.base // a hotpatch for those who have not got the baseline yet
+	if i <= has && !late || has < 0 && d.UBR > 0 && u.UBR > 0 && d.UBR >= u.UBR {
 		return out
 	}
 	out.Kind, out.Update, out.Restart = u.Kind, u, true
