@@ -25,6 +25,9 @@ const (
 	maxCheckEvery = 24 * time.Hour // not above: a freeze of the repository must show within a day
 	minScanEvery  = 50 * time.Millisecond
 	maxScanEvery  = 10 * time.Minute // a process start nobody told us of waits this long at most
+	// A report is some kilobytes: a fleet that sends one a second is its owner's wish, and none a day is none.
+	minReportEvery = time.Second
+	maxReportEvery = 24 * time.Hour
 )
 
 // maxSocket is the longest path that fits a Unix socket's address (sun_path, unix(7)).
@@ -46,6 +49,7 @@ type Config struct {
 	Eligibility EligibilityConfig
 	Policy      PolicyConfig
 	Metrics     MetricsConfig
+	Report      ReportConfig
 }
 
 // ControlConfig is where operators reach the daemon.
@@ -90,6 +94,15 @@ type MetricsConfig struct {
 	Textfile string // a file for a textfile collector, "" = none
 }
 
+// ReportConfig is where the device reports how it stands.
+type ReportConfig struct {
+	URL        string        // https://…, http:// on loopback only; "" = nowhere
+	Every      time.Duration // at the latest; a change is reported at once
+	Proxy      string        // as in RepositoryConfig, and so the next two
+	CAFile     string
+	ClientCert string
+}
+
 // configFile is Config as the file writes it.
 type configFile struct {
 	Format   string `toml:"format"`
@@ -124,6 +137,13 @@ type configFile struct {
 		Listen   string `toml:"listen"`
 		Textfile string `toml:"textfile"`
 	} `toml:"metrics"`
+	Report struct {
+		URL        string `toml:"url"`
+		Every      string `toml:"every"`
+		Proxy      string `toml:"proxy"`
+		CAFile     string `toml:"ca_file"`
+		ClientCert string `toml:"client_cert"`
+	} `toml:"report"`
 }
 
 // DefaultConfig is what an empty file means on this system.
@@ -142,6 +162,7 @@ func defaultConfig(goos, programData string) *Config {
 		Backend:     BackendConfig{Name: "auto", ScanEvery: 2 * time.Second},
 		Eligibility: EligibilityConfig{Profile: "auto"},
 		Policy:      PolicyConfig{File: "/etc/hotpatchd/policy.toml"},
+		Report:      ReportConfig{Every: time.Hour},
 	}
 	if goos == "windows" {
 		if programData == "" {
@@ -213,12 +234,16 @@ func (c *Config) read(file string, text []byte, goos string, over settings) ([]c
 	c.Eligibility = EligibilityConfig{Profile: in.Eligibility.Profile, Facts: in.Eligibility.Facts}
 	c.Policy.File = in.Policy.File
 	c.Metrics = MetricsConfig{Listen: in.Metrics.Listen, Textfile: in.Metrics.Textfile}
+	c.Report.URL, c.Report.Proxy, c.Report.CAFile, c.Report.ClientCert = in.Report.URL, in.Report.Proxy, in.Report.CAFile, in.Report.ClientCert
 
 	c.resolve(filepath.Dir(file), goos)
 	if c.Repository.CheckEvery, err = d.duration("repository.check_every", in.Repository.CheckEvery, c.Repository.CheckEvery, minCheckEvery, maxCheckEvery); err != nil {
 		return nil, err
 	}
 	if c.Backend.ScanEvery, err = d.duration("backend.scan_every", in.Backend.ScanEvery, c.Backend.ScanEvery, minScanEvery, maxScanEvery); err != nil {
+		return nil, err
+	}
+	if c.Report.Every, err = d.duration("report.every", in.Report.Every, c.Report.Every, minReportEvery, maxReportEvery); err != nil {
 		return nil, err
 	}
 	if c.Repository.Products, err = d.globs("repository.products", in.Repository.Products, c.Repository.Products); err != nil {
@@ -232,6 +257,7 @@ func (c *Config) read(file string, text []byte, goos string, over settings) ([]c
 	}
 	return d.effective(&in, map[string]string{
 		"repository.check_every": strconv.Quote(c.Repository.CheckEvery.String()), "backend.scan_every": strconv.Quote(c.Backend.ScanEvery.String()),
+		"report.every":        strconv.Quote(c.Report.Every.String()),
 		"repository.products": `["*"]`, "repository.images": `["*"]`,
 	}), nil
 }
@@ -241,6 +267,7 @@ func (c *Config) resolve(folder, goos string) {
 	for _, p := range []*string{
 		&c.StateDir, &c.Control.Socket, &c.Repository.Root, &c.Repository.CAFile, &c.Repository.ClientCert,
 		&c.Backend.Scene, &c.Eligibility.Facts, &c.Policy.File, &c.Metrics.Textfile,
+		&c.Report.CAFile, &c.Report.ClientCert,
 	} {
 		pipe := goos == "windows" && p == &c.Control.Socket
 		if *p != "" && !pipe && !filepath.IsAbs(*p) && !(goos == "windows" && len(*p) > 2 && (*p)[1] == ':') {
@@ -282,6 +309,9 @@ func (c *Config) check(d *document, goos string) error {
 		return err
 	}
 	if err := c.checkRepository(d); err != nil {
+		return err
+	}
+	if err := c.checkReport(d); err != nil {
 		return err
 	}
 	return c.checkMetrics(d)
@@ -328,14 +358,40 @@ func (c *Config) checkRepository(d *document) error {
 	if u.Scheme == "file" {
 		return d.unused(network, "has no use with a file:/// repository")
 	}
-	if r.Proxy != "" {
-		p, err := url.Parse(r.Proxy)
-		// The value may hold a password: it is not repeated.
-		if err != nil || p.Hostname() == "" || p.Scheme != "http" && p.Scheme != "https" && p.Scheme != "socks5" {
-			return d.show(0, 0, `[repository] proxy: must be a URL such as http://proxy.example.com:8080`)
-		}
+	return d.proxy("[repository]", r.Proxy)
+}
+
+// proxy checks the address of a proxy. It may hold a password: it is not repeated.
+func (d *document) proxy(table, proxy string) error {
+	if proxy == "" {
+		return nil
+	}
+	p, err := url.Parse(proxy)
+	if err != nil || p.Hostname() == "" || p.Scheme != "http" && p.Scheme != "https" && p.Scheme != "socks5" {
+		return d.show(0, 0, `%s proxy: must be a URL such as http://proxy.example.com:8080`, table)
 	}
 	return nil
+}
+
+func (c *Config) checkReport(d *document) error {
+	r := c.Report
+	if r.URL == "" {
+		return d.unused([]keyValue{{"report.proxy", r.Proxy}, {"report.ca_file", r.CAFile}, {"report.client_cert", r.ClientCert}}, "has no use without [report] url")
+	}
+	u, err := url.Parse(r.URL)
+	switch {
+	case err != nil || u.Hostname() == "":
+		return d.show(0, 0, "[report] url: must be an address such as https://fleet.example.com/reports")
+	case u.User != nil: // it holds a password: it is not repeated
+		return d.show(0, 0, "[report] url: must not have a user; a device shows who it is by client_cert")
+	case u.RawQuery != "" || u.Fragment != "":
+		return d.errorf("report.url", "must not have a query or a fragment")
+	case u.Scheme == "http" && !loopback(u.Hostname()):
+		return d.errorf("report.url", "http is for this machine's own addresses only, use https")
+	case u.Scheme != "https" && u.Scheme != "http":
+		return d.errorf("report.url", "%q is not https://…", r.URL)
+	}
+	return d.proxy("[report]", r.Proxy)
 }
 
 func (c *Config) checkMetrics(d *document) error {

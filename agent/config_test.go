@@ -76,6 +76,7 @@ func TestConfigDefaults(t *testing.T) {
 		Backend:     BackendConfig{Name: "auto", ScanEvery: 2 * time.Second},
 		Eligibility: EligibilityConfig{Profile: "auto"},
 		Policy:      PolicyConfig{File: "/etc/hotpatchd/policy.toml"},
+		Report:      ReportConfig{Every: time.Hour},
 	}
 	if !reflect.DeepEqual(c, want) {
 		t.Errorf("got  %+v\nwant %+v", c, want)
@@ -114,6 +115,12 @@ file = "policy.toml"
 [metrics]
 listen = "[::1]:9100"
 textfile = "metrics.prom"
+[report]
+url = "https://fleet.example.com/reports"
+every = "30m"
+proxy = "http://proxy.example.com:8080"
+ca_file = "fleet.pem"
+client_cert = "device.pem"
 `
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
@@ -133,6 +140,8 @@ textfile = "metrics.prom"
 		Eligibility: EligibilityConfig{Profile: "windows-client", Facts: filepath.Join(filepath.Dir(folder), "facts.toml")},
 		Policy:      PolicyConfig{File: in("policy.toml")},
 		Metrics:     MetricsConfig{Listen: "[::1]:9100", Textfile: in("metrics.prom")},
+		Report: ReportConfig{URL: "https://fleet.example.com/reports", Every: 30 * time.Minute, Proxy: "http://proxy.example.com:8080",
+			CAFile: in("fleet.pem"), ClientCert: in("device.pem")},
 	}
 	if !reflect.DeepEqual(c, want) {
 		t.Errorf("got  %+v\nwant %+v", c, want)

@@ -122,6 +122,7 @@ func TestEveryConfigKeyCanBeManaged(t *testing.T) {
 	}
 	for key, v := range map[string]string{
 		"control.socket": socket, "repository.url": "https://new.example.com", "repository.check_every": "1h", "repository.proxy": "",
+		"report.url": "https://fleet.example.com", "report.every": "30m", "report.proxy": "",
 		"backend.name": "sim", "backend.scan_every": "3s", "eligibility.profile": "windows-client", "metrics.listen": "127.0.0.1:9",
 	} {
 		values[key] = asText(strings.ToUpper(key), v) // names in the registry have no case
@@ -138,7 +139,8 @@ func TestEveryConfigKeyCanBeManaged(t *testing.T) {
 	want := &Config{File: file, StateDir: in("x"), Control: ControlConfig{at, "x"},
 		Repository: RepositoryConfig{URL: "https://new.example.com", Root: in("x"), CheckEvery: time.Hour, CAFile: in("x"), ClientCert: in("x"), Products: []Glob{"x*"}, Images: []Glob{"x*"}},
 		Backend:    BackendConfig{"sim", in("x"), 3 * time.Second}, Eligibility: EligibilityConfig{"windows-client", in("x")},
-		Policy: PolicyConfig{in("x")}, Metrics: MetricsConfig{"127.0.0.1:9", in("x")}}
+		Policy: PolicyConfig{in("x")}, Metrics: MetricsConfig{"127.0.0.1:9", in("x")},
+		Report: ReportConfig{URL: "https://fleet.example.com", Every: 30 * time.Minute, CAFile: in("x"), ClientCert: in("x")}}
 	if !reflect.DeepEqual(c, want) {
 		t.Errorf("%+v\nwant %+v", c, want)
 	}

@@ -57,8 +57,11 @@ func TestReportKey(t *testing.T) {
 	same := key(nil)
 	for name, change := range map[string]func(*Status, *Eligibility){
 		"one more patched": func(s *Status, _ *Eligibility) { s.Coverage.Patched++; s.Coverage.Images++ },
-		"later":            func(s *Status, _ *Eligibility) { s.Scanned = At(testNow.Add(time.Hour)); s.Repository.LastCheck = s.Scanned },
-		"words":            func(s *Status, _ *Eligibility) { s.Attention[2].Text = "other" },
+		"later": func(s *Status, _ *Eligibility) {
+			s.Scanned = At(testNow.Add(time.Hour))
+			s.Repository.LastCheck = s.Scanned
+		},
+		"words": func(s *Status, _ *Eligibility) { s.Attention[2].Text = "other" },
 	} {
 		if key(change) != same {
 			t.Errorf("%s changes the key", name)
