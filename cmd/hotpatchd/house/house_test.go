@@ -31,6 +31,7 @@ var allowed = map[string]string{
 	"agent/report":                     "",
 	"agent/store":                      "agent/control",
 	"agent/repository":                 "agent/release pe",
+	"agent/baseline":                   "",
 	"agent":                            "agent/calendar agent/control agent/guard agent/release agent/report agent/repository agent/store eligibility eligibility/probe patcher patcher/target pe",
 	"cmd/hotpatch":                     "agent/control",
 	"cmd/hotpatch-build":               "agent/release agent/repository patcher patcher/build patcher/target patcher/target/sim pe",
@@ -44,7 +45,7 @@ var allowed = map[string]string{
 var onlyHere = map[string][]string{
 	"go.uber.org/zap":              {"agent", "cmd/hotpatchd"},
 	"golang.org/x/sys/unix":        {"patcher/target/ptrace", "patcher/target/ptrace/hosttest", "eligibility/probe", "agent/control", "agent/store", "cmd/hotpatchd", "cmd/hotpatchd/pehost"},
-	"golang.org/x/sys/windows":     {"patcher/target/win32", "patcher/target/win32/winhosttest", "eligibility/probe", "agent/control", "agent/store", "cmd/hotpatchd"},
+	"golang.org/x/sys/windows":     {"patcher/target/win32", "patcher/target/win32/winhosttest", "eligibility/probe", "agent/control", "agent/store", "agent/baseline", "cmd/hotpatchd"},
 	"github.com/spf13/cobra":       {"cmd/hotpatch", "cmd/hotpatch-build"},
 	"github.com/kardianos/service": {"cmd/hotpatchd"},
 	"go.etcd.io/bbolt":             {"agent/store"},
