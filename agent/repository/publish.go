@@ -31,6 +31,7 @@ type PublishOptions struct {
 	Expires    time.Duration  // of timestamp and snapshot from Now on; 0 is DefaultExpires
 	Now        time.Time      // the publisher's time, also the releases' time of publication
 	Thresholds map[string]int // signatures by role, for a new repository; 1 where not given
+	Rollout    *Rollout       // of releases that are new; nil: all devices, at once
 }
 
 // Result tells what a publisher's call did.
@@ -199,7 +200,14 @@ func (p *publisher) add(b []byte) error {
 	if err != nil {
 		return err
 	}
-	text, err := json.Marshal(customOf(&r.Manifest, p.opts.Now, Rollout{Percent: 100}))
+	rollout := Rollout{Percent: 100}
+	if p.opts.Rollout != nil {
+		rollout = *p.opts.Rollout
+	}
+	if err := rollout.check(); err != nil {
+		return err
+	}
+	text, err := json.Marshal(customOf(&r.Manifest, p.opts.Now, rollout))
 	if err != nil {
 		return err
 	}

@@ -29,6 +29,9 @@ type TargetReport struct {
 	Length  int64  `json:"length"` // bytes
 	SHA256  string `json:"sha256"`
 	Problem string `json:"problem"`
+	// Published and Rollout are null where the target is no offer to this version.
+	Published *time.Time `json:"published"`
+	Rollout   *Rollout   `json:"rollout"`
 }
 
 // Problems counts the releases that are not sound.
@@ -67,7 +70,7 @@ func Verify(dir string, now time.Time) (Report, error) {
 		return r, err
 	}
 	for _, o := range offers {
-		t := TargetReport{Target: o.Target, ID: o.ID, Length: o.Length, SHA256: o.SHA256}
+		t := TargetReport{Target: o.Target, ID: o.ID, Length: o.Length, SHA256: o.SHA256, Published: &o.Published, Rollout: &o.Rollout}
 		if err := verifyRelease(dir, o); err != nil {
 			t.Problem = err.Error()
 		}

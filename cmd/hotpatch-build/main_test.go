@@ -127,7 +127,7 @@ func TestExitCodes(t *testing.T) {
 		{"inspect " + huge, 1, huge + " has 1099511627776 bytes, more than "},
 		{"inspect " + empty, 1, empty + " is not a regular file"},
 		{"release --manifest " + huge, 1, "cannot read manifest: " + huge + " has"},
-		{"rollout ACME-1 --percent 5", 1, "rollout is not available yet: nothing was changed"},
+		{"rollout ACME-1 --percent 5", 2, `required flag(s) "keys", "repo" not set`},
 	} {
 		code, stdout, stderr := command(strings.Fields(c.args)...)
 		if code != c.code || !strings.Contains(stderr, c.want) {

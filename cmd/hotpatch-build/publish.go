@@ -17,13 +17,17 @@ func publishCommand() *cobra.Command {
 		repo, keys string
 		expires    = days(repository.DefaultExpires)
 		asJSON     bool
+		percent    int
+		notBefore  moment
 	)
 	cmd := &cobra.Command{
-		Use:   "publish --repo DIR --keys KEYS [--expires 30d] ID.hotpatch…",
+		Use:   "publish --repo DIR --keys KEYS [--percent N] [--not-before T] [--expires 30d] ID.hotpatch…",
 		Short: "sign releases and add them to a repository",
 		Long: `Adds releases to the repository in DIR and makes it if there is none. DIR can be served by any
 web server or copied to a stick; devices get DIR/root.json with their config.
-The same release again changes nothing; an id with other content is refused.`,
+The same release again changes nothing; an id with other content is refused.
+A release is for all devices at once, unless --percent or --not-before say otherwise; the command
+rollout changes that later.`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, files []string) error {
 			k, err := repository.LoadKeys(keys)
@@ -41,13 +45,16 @@ The same release again changes nothing; an id with other content is refused.`,
 				}
 				releases = append(releases, b)
 			}
-			res, err := repository.Publish(repo, k, releases, repository.PublishOptions{Expires: time.Duration(expires), Now: time.Now()})
+			rollout := &repository.Rollout{Percent: percent, NotBefore: notBefore.orNil()}
+			res, err := repository.Publish(repo, k, releases, repository.PublishOptions{Expires: time.Duration(expires), Now: time.Now(), Rollout: rollout})
 			if err != nil {
 				return fmt.Errorf("publish: %w", err)
 			}
 			return printResult(cmd, "hotpatch-publish/1", repo, res, asJSON)
 		},
 	}
+	cmd.Flags().IntVar(&percent, "percent", 100, "of devices that may take it, 0 to 100")
+	cmd.Flags().Var(&notBefore, "not-before", "time before which no device takes it, "+momentForms)
 	repoFlags(cmd, &repo, &keys, &expires, &asJSON)
 	return cmd
 }

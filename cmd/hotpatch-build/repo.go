@@ -77,10 +77,10 @@ func printReport(cmd *cobra.Command, r repository.Report) error {
 		if t.Problem != "" {
 			word = "BAD"
 		}
-		fmt.Fprintf(w, "%s\t%s\t%d bytes\t%s\n", word, t.Target, t.Length, t.Problem)
+		fmt.Fprintf(w, "%s\t%s\t%d bytes\t%s\t%s\n", word, t.Target, t.Length, rolloutWords(t.Rollout), t.Problem)
 	}
 	for _, role := range []string{"timestamp", "snapshot", "targets", "root"} {
-		fmt.Fprintf(w, "ends\t%s\t%s\t\n", role, r.Expires[role])
+		fmt.Fprintf(w, "ends\t%s\t%s\t\t\n", role, r.Expires[role])
 	}
 	if err := w.Flush(); err != nil {
 		return err
