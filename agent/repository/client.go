@@ -2,6 +2,7 @@ package repository
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"sync"
 	"time"
@@ -50,6 +51,9 @@ type Catalog struct {
 	ExpiresIn  string    // the file that ends then
 	Floors     Floors
 	NewestRoot []byte
+	// Doubt is why this device's clock cannot be right although the metadata
+	// verified by it: CodeClock. nil if nothing speaks against it.
+	Doubt *Error
 }
 
 // Ended tells whether the metadata has ended at now. Nothing new may be
@@ -101,6 +105,7 @@ func (c *Client) Root() []byte {
 func (c *Client) Refresh(ctx context.Context) (*Catalog, error) {
 	c.refreshing.Lock()
 	defer c.refreshing.Unlock()
+	c.transport.time.forget()
 	root := c.Root() // changed by refreshes only
 	kept, keptFiles, err := c.cache.load(root)
 	switch {
@@ -140,6 +145,11 @@ func (c *Client) accept(set *trustedSet, s *session, err error) (*Catalog, error
 	if rollback := floors.check(set); rollback != nil {
 		return nil, rollback
 	}
+	var expired *Error
+	if errors.As(err, &expired) && expired.Code == CodeExpired {
+		_, ended := s.expired(set)
+		err = c.transport.time.explain(expired, ended, s.at)
+	}
 	if set.root.Signed.Version > floors.Root || string(set.rootBytes) != string(c.Root()) {
 		if err := writeFile(c.cache.rootPath(), set.rootBytes, 0o600); err != nil {
 			return nil, storage(err)
@@ -159,6 +169,7 @@ func (c *Client) accept(set *trustedSet, s *session, err error) (*Catalog, error
 	if err := c.cache.keep(set, s); err != nil {
 		return nil, err
 	}
+	catalog.Doubt = catalog.doubt(&c.transport.time, s.at)
 	c.know(catalog)
 	return catalog, nil
 }

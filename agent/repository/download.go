@@ -42,7 +42,7 @@ func (c *Client) Fetch(ctx context.Context, o Offer) ([]byte, error) {
 			return b, nil
 		}
 		// What an earlier attempt left may be bad; what came in one piece is as the server has it.
-		if code := CodeOf(err); code != CodeUnreachable && code != CodeTooSlow && !(code == CodeSignature && resumed) {
+		if code := CodeOf(err); code == CodeCaptive || !Passing(code) && !(code == CodeSignature && resumed) {
 			break
 		}
 	}

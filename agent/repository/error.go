@@ -10,18 +10,22 @@ import (
 
 // Codes of Error: stable words that status and logs show.
 const (
-	CodeUnreachable = "unreachable"    // no connection, or the server failed
+	CodeOffline     = "offline"        // no way out: no route, or no address for the name
+	CodeUnreachable = "unreachable"    // there is a network, but the server is not there, or hangs up
+	CodeServer      = "server"         // the server answers, with a failure of its own
 	CodeCaptive     = "captive-portal" // a web page came back instead of metadata
+	CodeProxy       = "proxy"          // the proxy is not there, or does not let us through
+	CodeInspection  = "tls-inspection" // the server's certificate is from an authority that this machine does not trust
 	CodeExpired     = "expired"        // metadata ended by this clock
 	CodeRollback    = "rollback"       // older than what was trusted before
 	CodeSignature   = "signature"      // not signed by the trusted keys, or other bytes than signed ones
 	CodeMixed       = "mixed"          // genuine files of different times
 	CodeDamaged     = "damaged"        // not metadata at all
-	CodeClock       = "clock"          // this clock is far behind
+	CodeClock       = "clock"          // this clock is far off
 	CodeNotFound    = "not-found"      // the server has no such file
 	CodeTooSlow     = "too-slow"       // a time-out, or slower than the least speed
 	CodeTooLarge    = "too-large"      // longer than signed or sane
-	CodeTLS         = "tls"            // the server's certificate is not trusted
+	CodeTLS         = "tls"            // no secure connection for another reason
 	CodeProxyAuth   = "proxy-auth"     // a proxy wants a login
 	CodeStorage     = "storage"        // this device cannot keep what it fetched
 	CodeConfig      = "config"         // the settings cannot work
@@ -58,7 +62,21 @@ func CodeOf(err error) string {
 	return ""
 }
 
-const hintStays = "applied fixes stay"
+// Passing tells whether a code is what being away from the repository looks
+// like: such a device is not wrong, and comes back by itself. What hints at
+// tampering, a wrong clock or wrong settings is never among them.
+func Passing(code string) bool {
+	switch code {
+	case CodeOffline, CodeUnreachable, CodeServer, CodeCaptive, CodeProxy, CodeTooSlow:
+		return true
+	}
+	return false
+}
+
+const (
+	hintStays  = "applied fixes stay"
+	hintItself = "it is tried again by itself; applied fixes stay"
+)
 
 // day is how sentences give dates, moment how they give what a few hours decide.
 func day(t time.Time) string    { return t.UTC().Format("2 Jan 2006") }

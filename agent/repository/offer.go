@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"path"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/theupdateframework/go-tuf/v2/metadata"
@@ -54,6 +55,7 @@ type custom struct {
 	Severity  string    `json:"severity"`
 	CVEs      []string  `json:"cves"`
 	Bases     []Base    `json:"bases"`
+	Files     []Base    `json:"files,omitempty"`
 	Published time.Time `json:"published"`
 	Rollout   Rollout   `json:"rollout"`
 }
@@ -72,6 +74,7 @@ type Offer struct {
 	Severity  string
 	CVEs      []string
 	Bases     []Base
+	Files     []Base // builds of images that it puts on the disk: processes that have mapped them are fixed
 	Published time.Time
 	Rollout   Rollout
 	Target    string // name in the repository
@@ -94,7 +97,7 @@ func (o Offer) Agrees(m *release.Manifest) error {
 		return fmt.Errorf("release %s: manifest and metadata differ in id, product, kind or month", o.ID)
 	case want.Baseline != o.Baseline || want.Sequence != o.Sequence:
 		return fmt.Errorf("release %s: manifest and metadata differ in baseline or sequence", o.ID)
-	case !slices.Equal(want.Arch, o.Arch) || !slices.Equal(want.OS, o.OS) || !slices.Equal(want.Bases, o.Bases):
+	case !slices.Equal(want.Arch, o.Arch) || !slices.Equal(want.OS, o.OS) || !slices.Equal(want.Bases, o.Bases) || !slices.Equal(want.Files, o.Files):
 		return fmt.Errorf("release %s: manifest and metadata differ in what they are for", o.ID)
 	}
 	return nil
@@ -115,6 +118,12 @@ func customOf(m *release.Manifest, published time.Time, r Rollout) custom {
 		Bases: []Base{}, Published: published.UTC().Truncate(time.Second), Rollout: r}
 	for _, i := range m.Images {
 		c.Bases = append(c.Bases, Base{Name: i.Name, Arch: i.Arch, Identity: i.Base})
+	}
+	for _, f := range m.Files {
+		if f.Identity != nil {
+			name := f.Destination[strings.LastIndexAny(f.Destination, `/\`)+1:]
+			c.Files = append(c.Files, Base{Name: name, Arch: release.ArchOf(f.Identity.Machine), Identity: *f.Identity})
+		}
 	}
 	return c
 }
@@ -151,11 +160,11 @@ func readOffer(name string, t *metadata.TargetFiles) (Offer, error) {
 		return Offer{}, fmt.Errorf("its length is %d, not 1 to %d", t.Length, release.MaxRelease)
 	case c.Rollout.Percent < 0 || c.Rollout.Percent > 100:
 		return Offer{}, fmt.Errorf("its rollout is %d percent", c.Rollout.Percent)
-	case len(c.Bases) > release.MaxImages:
-		return Offer{}, fmt.Errorf("it names %d builds, more than %d", len(c.Bases), release.MaxImages)
+	case len(c.Bases) > release.MaxImages || len(c.Files) > release.MaxImages:
+		return Offer{}, fmt.Errorf("it names %d builds, more than %d", max(len(c.Bases), len(c.Files)), release.MaxImages)
 	}
 	return Offer{ID: c.ID, Product: c.Product, Kind: c.Kind, Month: c.Month, Baseline: c.Baseline, Sequence: c.Sequence,
-		OS: c.OS, Arch: c.Arch, Title: c.Title, Severity: c.Severity, CVEs: c.CVEs, Bases: c.Bases, Published: c.Published,
+		OS: c.OS, Arch: c.Arch, Title: c.Title, Severity: c.Severity, CVEs: c.CVEs, Bases: c.Bases, Files: c.Files, Published: c.Published,
 		Rollout: c.Rollout, Target: name, Length: t.Length, SHA256: hex.EncodeToString(sum)}, nil
 }
 

@@ -141,6 +141,7 @@ func (f *fixture) serve(meddle func(w http.ResponseWriter, r *http.Request) bool
 	f.t.Helper()
 	files := http.FileServer(http.Dir(f.dir))
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Date", f.now.UTC().Format(http.TimeFormat)) // tests about clocks set it otherwise
 		if meddle == nil || !meddle(w, r) {
 			files.ServeHTTP(w, r)
 		}

@@ -47,6 +47,7 @@ type transport struct {
 	proxy  string       // host:port for sentences, "" if none
 	limits limits
 	now    func() time.Time
+	time   serverTime
 }
 
 func newTransport(cfg *Config, limits limits) (*transport, error) {
@@ -100,8 +101,12 @@ func (t *transport) useProxy(rt *http.Transport, proxy string) error {
 	t.proxy = u.Host
 	rt.Proxy = http.ProxyURL(u)
 	rt.OnProxyConnectResponse = func(_ context.Context, _ *url.URL, _ *http.Request, res *http.Response) error {
-		if res.StatusCode == http.StatusProxyAuthRequired {
+		switch {
+		case res.StatusCode == http.StatusProxyAuthRequired:
 			return t.proxyAuth()
+		case res.StatusCode != http.StatusOK:
+			return fail(CodeProxy, nil, "proxy %s answers %d when asked for %s", t.proxy, res.StatusCode, t.base.Host).
+				hint("let the proxy allow %s, or change [repository] proxy", t.base.Host)
 		}
 		return nil
 	}
@@ -115,9 +120,9 @@ func (t *transport) proxyAuth() *Error {
 // useFiles adds the administrator's certificates; the system's stay trusted.
 func useFiles(c *tls.Config, caFile, clientCert string) error {
 	if caFile != "" {
-		b, err := os.ReadFile(caFile)
+		b, err := readPEM(caFile)
 		if err != nil {
-			return fail(CodeConfig, err, "cannot read ca_file %s", caFile)
+			return fail(CodeConfig, err, "cannot read ca_file %s: %s", caFile, reason(err))
 		}
 		pool, err := x509.SystemCertPool()
 		if err != nil {
@@ -129,7 +134,11 @@ func useFiles(c *tls.Config, caFile, clientCert string) error {
 		c.RootCAs = pool
 	}
 	if clientCert != "" {
-		cert, err := tls.LoadX509KeyPair(clientCert, clientCert)
+		b, err := readPEM(clientCert)
+		if err != nil {
+			return fail(CodeConfig, err, "cannot read client_cert %s: %s", clientCert, reason(err))
+		}
+		cert, err := tls.X509KeyPair(b, b)
 		if err != nil {
 			return fail(CodeConfig, err, "client_cert %s does not hold a certificate and its key in PEM", clientCert)
 		}
@@ -167,7 +176,8 @@ func (t *transport) document(ctx context.Context, name string, limit int64) ([]b
 }
 
 func captive(name string) *Error {
-	return fail(CodeCaptive, nil, "a web page came back instead of %s (captive portal or proxy login)", name).hint(hintStays)
+	return fail(CodeCaptive, nil, "a web page came back instead of %s (captive portal or proxy login)", name).
+		hint("log in to the network with a browser; %s", hintItself)
 }
 
 // read copies the file at rel from byte offset on into w: at most limit bytes
@@ -227,6 +237,7 @@ func (t *transport) open(ctx context.Context, rel string, offset, limit int64) (
 	if err != nil {
 		return nil, 0, t.connectError(ctx, name, err)
 	}
+	t.time.note(res.Header, t.now())
 	began, err = t.judge(res, name, offset, limit)
 	if err != nil {
 		res.Body.Close()
@@ -239,7 +250,9 @@ func (t *transport) open(ctx context.Context, rel string, offset, limit int64) (
 func (t *transport) judge(res *http.Response, name string, offset, limit int64) (int64, error) {
 	html := strings.HasPrefix(res.Header.Get("Content-Type"), "text/html")
 	switch code := res.StatusCode; {
-	case code == http.StatusOK && html, code == http.StatusNetworkAuthenticationRequired:
+	case code == http.StatusOK && html, code == http.StatusNetworkAuthenticationRequired,
+		html && res.Request != nil && res.Request.URL.Host != t.base.Host && !strings.HasSuffix(name, ".root.json"):
+		// Sent elsewhere, to a page for people; but that there is no newer root may be said by such a page, too.
 		return 0, captive(name)
 	case code == http.StatusOK:
 		if res.ContentLength > limit {
@@ -260,7 +273,7 @@ func (t *transport) judge(res *http.Response, name string, offset, limit int64) 
 		// Object stores answer 403 for what is not there.
 		return 0, t.missing(name, fmt.Sprintf("the server answers %d", code))
 	default:
-		return 0, fail(CodeUnreachable, &metadata.ErrDownloadHTTP{StatusCode: code, URL: name}, "the server answers %d for %s", code, name).hint(hintStays)
+		return 0, fail(CodeServer, &metadata.ErrDownloadHTTP{StatusCode: code, URL: name}, "the server answers %d for %s", code, name).hint(hintItself)
 	}
 }
 
@@ -272,22 +285,15 @@ func (t *transport) missing(name, found string) *Error {
 func (t *transport) openFile(rel string, offset, limit int64) (io.ReadCloser, int64, error) {
 	name := path.Base(rel)
 	file := folder(t.base) + "/" + rel
-	var info os.FileInfo
-	err := patiently(func() (err error) { info, err = os.Stat(file); return err })
+	f, info, err := openRegular(file)
 	switch {
 	case errors.Is(err, os.ErrNotExist):
 		return nil, 0, t.missing(name, "the folder has no such file")
 	case err != nil:
-		return nil, 0, fail(CodeUnreachable, err, "cannot read %s", file)
-	case !info.Mode().IsRegular():
-		return nil, 0, fail(CodeUnreachable, nil, "cannot read %s: not a file", file) // a pipe would block for ever
+		return nil, 0, fail(CodeUnreachable, err, "cannot read %s: %s", file, reason(err)).hint(hintItself)
 	case info.Size() > limit:
+		f.Close()
 		return nil, 0, tooLarge(name, limit)
-	}
-	var f *os.File
-	err = patiently(func() (err error) { f, err = os.Open(file); return err })
-	if err != nil {
-		return nil, 0, fail(CodeUnreachable, err, "cannot read %s", file)
 	}
 	if _, err := f.Seek(offset, io.SeekStart); err != nil {
 		f.Close()

@@ -1,12 +1,16 @@
 package repository
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"net"
 	"net/http"
+	"runtime"
+	"slices"
+	"syscall"
 )
 
 // connectError says in words why there was no answer.
@@ -23,23 +27,59 @@ func (t *transport) connectError(ctx context.Context, name string, err error) *E
 	switch {
 	case errors.As(err, &known):
 		return known
+	case errors.As(err, &unknownCA) && selfSigned(unknownCA.Cert):
+		return fail(CodeTLS, err, "the server's certificate is signed by itself, %q", issuer(unknownCA.Cert)).
+			hint("log in to the network if it asks for that; if the certificate is yours, name it in [repository] ca_file")
 	case errors.As(err, &unknownCA):
-		return fail(CodeTLS, err, "the server's certificate is signed by %q, which this machine does not trust", issuer(unknownCA.Cert)).hint("[repository] ca_file")
+		return fail(CodeInspection, err, "the server's certificate is signed by %q, which this machine does not trust", issuer(unknownCA.Cert)).
+			hint("if that is your own authority, or a firewall of yours that opens TLS, name its certificate in [repository] ca_file; else somebody listens")
 	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
 		if now := t.now(); now.Before(invalid.Cert.NotBefore) {
 			return fail(CodeClock, err, "certificate is not valid before %s, but this clock says %s", moment(invalid.Cert.NotBefore), moment(now)).
 				hint("set the clock; %s", hintStays)
 		}
-		return fail(CodeTLS, err, "the server's certificate ended %s; this clock says %s", moment(invalid.Cert.NotAfter), moment(t.now())).hint(hintStays)
+		return fail(CodeTLS, err, "the server's certificate ended %s; this clock says %s", moment(invalid.Cert.NotAfter), moment(t.now())).
+			hint("compare this clock with another; if it is right, the server needs a new certificate; %s", hintStays)
 	case errors.As(err, &wrongHost):
-		return fail(CodeTLS, err, "the server's certificate is not for %s", host)
+		return fail(CodeTLS, err, "the server's certificate is not for %s", host).
+			hint("log in to the network if it asks for that; else compare [repository] url with the server's name")
 	case errors.As(err, &invalid), errors.As(err, &record), errors.Is(err, http.ErrSchemeMismatch),
 		errors.As(err, &op) && op.Op == "remote error": // how crypto/tls reports an alert of the other side
 		return fail(CodeTLS, err, "no secure connection to %s", host).hint("[repository] ca_file, client_cert")
+	case isOffline(err):
+		if t.proxy != "" {
+			host = "proxy " + t.proxy
+		}
+		return fail(CodeOffline, err, "no way to %s: %s", host, reason(err)).hint("connect this device to a network; %s", hintItself)
 	case errors.As(err, &op) && op.Op == "proxyconnect":
-		return fail(CodeUnreachable, err, "cannot reach proxy %s", t.proxy).hint("[repository] proxy")
+		return fail(CodeProxy, err, "cannot reach proxy %s: %s", t.proxy, reason(err)).hint("[repository] proxy; %s", hintItself)
 	}
 	return t.readError(ctx, name, err)
+}
+
+// What Windows says where there is no network (Windows Sockets error codes);
+// the syscall package gives these names numbers of its own there.
+const (
+	wsaENetDown     = syscall.Errno(10050)
+	wsaENetUnreach  = syscall.Errno(10051)
+	wsaEHostUnreach = syscall.Errno(10065)
+)
+
+// isOffline tells whether nothing left this device: no route, no address for a name.
+func isOffline(err error) bool {
+	var dns *net.DNSError
+	if errors.As(err, &dns) {
+		return true
+	}
+	no := []error{syscall.ENETDOWN, syscall.ENETUNREACH, syscall.EHOSTUNREACH}
+	if runtime.GOOS == "windows" {
+		no = []error{wsaENetDown, wsaENetUnreach, wsaEHostUnreach}
+	}
+	return slices.ContainsFunc(no, func(e error) bool { return errors.Is(err, e) })
+}
+
+func selfSigned(c *x509.Certificate) bool {
+	return c != nil && bytes.Equal(c.RawIssuer, c.RawSubject)
 }
 
 func issuer(c *x509.Certificate) string {

@@ -71,7 +71,7 @@ func TestRepositoryTrouble(t *testing.T) {
 		}, "unreachable", nil},
 		{"server failed", func() {
 			m.serves("timestamp", func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "no", 500) })
-		}, "unreachable", []string{"500"}},
+		}, "server", []string{"500"}},
 		{"no such file", func() { m.serves("timestamp", http.NotFound) }, "not-found", []string{"timestamp.json"}},
 		{"captive portal", func() { m.serves("/metadata/", content([]byte("<html>log in</html>"))) }, "captive-portal", []string{"web page"}},
 		{"not metadata", func() { m.serves("timestamp", content([]byte("{}"))) }, "damaged", []string{"timestamp.json"}},
