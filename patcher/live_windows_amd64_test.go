@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/windows"
+
 	"hotpatchd/patcher"
 	"hotpatchd/patcher/target"
 	"hotpatchd/patcher/target/win32"
@@ -241,4 +243,65 @@ func TestLiveWindowsUnderLoad(t *testing.T) {
 	}
 	slices.Sort(pauses)
 	t.Logf("%d cycles, %d calls; pause p50 %v, longest %v", cycles, w.state().calls, pauses[len(pauses)/2], pauses[len(pauses)-1])
+}
+
+// An image that imports from API sets only, and a fix that imports from more of
+// them and by names that a module forwards: each slot gets the address that the
+// system's own loader would have put there, found in the process's own map, and
+// the new function works by them.
+func TestLiveWindowsApiSets(t *testing.T) {
+	b, err := win32.New()
+	must(t, err)
+	w := startProgram(t, b, "sets/sets.dll", 1, 2, 2)
+	w.well(42)
+	images, err := patcher.Images(w.p)
+	must(t, err)
+	patch := patchOf(t, "sets/sets.dll", "sets/sets-1.dll")
+	plan, err := patcher.Prepare(w.p, w.base, patch)
+	must(t, err)
+	want := map[string]string{ // where the function is that a name means
+		"KERNEL32.DLL!HEAPSIZE":                  "ntdll.dll",
+		"API-MS-WIN-CRT-CONVERT-L1-1-0.DLL!ATOI": "ucrtbase.dll",
+	}
+	shared := 0
+	for _, bind := range plan.Binds {
+		if bind.Kind == "shared" {
+			shared++
+			continue
+		}
+		module, ok := want[strings.ToUpper(bind.What)]
+		if !ok {
+			t.Errorf("%s is bound, too", bind.What)
+			continue
+		}
+		delete(want, strings.ToUpper(bind.What))
+		in := slices.IndexFunc(images, func(l patcher.Loaded) bool {
+			return uint64(l.Base) <= bind.Value && bind.Value < uint64(l.Base)+uint64(l.Size)
+		})
+		if in < 0 || !images[in].Is(module) {
+			t.Errorf("%s is bound to %x, which is not in %s", bind.What, bind.Value, module)
+		}
+		lib, symbol := windows.NewLazySystemDLL(module), bind.What[strings.IndexByte(bind.What, '!')+1:]
+		if symbol == "HeapSize" {
+			symbol = "RtlSizeHeap"
+		}
+		must(t, lib.NewProc(symbol).Find())
+		// Compared as distances: the module may be at another place there.
+		if there, here := bind.Value-uint64(images[in].Base), uint64(lib.NewProc(symbol).Addr()-lib.Handle()); there != here {
+			t.Errorf("%s is bound to %s+%x; here it is at +%x", bind.What, module, there, here)
+		}
+	}
+	if len(want) != 0 || shared != 4 {
+		t.Errorf("not bound: %v; %d slots are shared with the base", want, shared)
+	}
+	if t.Failed() {
+		return // a call of what is not there would end the program
+	}
+	x := &patcher.Patcher{}
+	for range 2 {
+		rec := w.apply(x, patch)
+		w.well(43)
+		w.undo(x, rec)
+		w.well(42)
+	}
 }
