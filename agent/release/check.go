@@ -130,8 +130,8 @@ func (m *Manifest) checkInfo() error {
 
 // checkContents checks images and files, and that no two share an entry of the container.
 func (m *Manifest) checkContents() error {
-	if m.Kind == KindHotpatch && (len(m.Images) == 0 || len(m.Files) != 0) {
-		return fmt.Errorf("kind hotpatch has images and no files; here are %d and %d", len(m.Images), len(m.Files))
+	if m.Kind == KindHotpatch && len(m.Images) == 0 {
+		return fmt.Errorf("kind hotpatch has images; here are none")
 	}
 	if m.Kind == KindBaseline && (len(m.Files) == 0 || len(m.Images) != 0) {
 		return fmt.Errorf("kind baseline has files and no images; here are %d and %d", len(m.Files), len(m.Images))
@@ -158,6 +158,7 @@ func (m *Manifest) checkContents() error {
 		bases[key] = true
 		total += image.Size
 	}
+	places := map[string]bool{}
 	for i := range m.Files {
 		file := &m.Files[i]
 		if err := file.check(); err != nil {
@@ -165,6 +166,11 @@ func (m *Manifest) checkContents() error {
 		}
 		if err := claim(entries, file.File); err != nil {
 			return fmt.Errorf("files[%d] %w", i, err)
+		}
+		if key := strings.ToLower(file.Destination); places[key] {
+			return fmt.Errorf("files[%d] destination %q is there twice", i, clip(file.Destination))
+		} else {
+			places[key] = true
 		}
 		total += file.Size
 	}
@@ -222,10 +228,42 @@ func (f *File) check() error {
 	if f.Destination == "" {
 		return fmt.Errorf("destination is missing")
 	}
+	if err := checkDestination(f.Destination); err != nil {
+		return err
+	}
 	if err := checkEntry(f.File, "files/"); err != nil {
 		return err
 	}
+	if len(f.Replaces) > MaxList {
+		return fmt.Errorf("replaces has %d entries, more than %d", len(f.Replaces), MaxList)
+	}
+	for i, sum := range f.Replaces {
+		if !sha256Pattern.MatchString(sum) {
+			return fmt.Errorf("replaces[%d] %q is not 64 lower-case hexadecimal digits", i, clip(sum))
+		}
+	}
+	if f.Identity != nil {
+		if ArchOf(f.Identity.Machine) == "" {
+			return fmt.Errorf("identity has the machine %d, which no release is for", f.Identity.Machine)
+		}
+		if err := CheckBase(*f.Identity); err != nil {
+			return fmt.Errorf("identity: %w", err)
+		}
+	}
 	return checkContent(f.Size, MaxFile, f.SHA256)
+}
+
+// checkDestination: an absolute path of Linux or of Windows, without a way out.
+// What else a device asks of it, it knows better.
+func checkDestination(s string) error {
+	unix := strings.HasPrefix(s, "/") && s != "/" && path.Clean(s) == s
+	windows := len(s) > 3 && s[1:3] == `:\` && !strings.ContainsAny(s, "/") && !slices.ContainsFunc(strings.Split(s[3:], `\`), func(name string) bool {
+		return name == "" || name == "." || name == ".."
+	})
+	if !unix && !windows {
+		return fmt.Errorf("destination %q is not an absolute path without . and ..", clip(s))
+	}
+	return nil
 }
 
 func checkContent(size, most int64, sha string) error {

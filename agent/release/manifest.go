@@ -68,7 +68,7 @@ type Manifest struct {
 	Unwind      string         `json:"unwind" toml:"unwind"`           // UnwindNone, UnwindRequired
 	Info        map[string]any `json:"info" toml:"info"`               // shown, never interpreted
 	Images      []Image        `json:"images,omitempty" toml:"images"` // kind hotpatch
-	Files       []File         `json:"files,omitempty" toml:"files"`   // kind baseline
+	Files       []File         `json:"files,omitempty" toml:"files"`   // kind baseline; of a hotpatch, its successors on disk
 }
 
 // Requires is what a device must have. Empty lists and texts ask for nothing.
@@ -91,13 +91,21 @@ type Image struct {
 	Base   pe.Identity `json:"base" toml:"base"`
 }
 
-// File is one whole file of a baseline. Destination is where the file belongs
-// on the device, for people and for comparison: nothing here writes there.
+// File is one whole file: of a baseline, or what a hotpatch release brings so
+// that the fix is on disk after the next restart anyway. Destination is an
+// absolute path of the system that requires.os names; see CheckUnix and
+// CheckWindows of package baseline for what a device adds to these rules.
 type File struct {
 	Destination string `json:"destination" toml:"destination"`
 	File        string `json:"file" toml:"file"` // entry of the container, below files/
 	Size        int64  `json:"size" toml:"size"` // bytes
 	SHA256      string `json:"sha256" toml:"sha256"`
+	// Replaces are the contents, as SHA-256 in lower-case hex, that may lie at the
+	// destination before. None: the file is new, and nothing may lie there.
+	Replaces []string `json:"replaces,omitempty" toml:"replaces"`
+	// Identity of a PE image: processes that have mapped this build are fixed. nil
+	// for other files.
+	Identity *pe.Identity `json:"identity,omitempty" toml:"identity"`
 }
 
 var idPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)

@@ -52,8 +52,9 @@ func ReadBase(b []byte) (Base, error) {
 
 // FromTOML reads release.toml and the files it names in dir, and returns the
 // manifest with everything filled in that follows from them, and the contents
-// by entry name, ready for Write. An image needs name and file; a file of a
-// baseline needs destination and file; both files are named relative to dir.
+// by entry name, ready for Write. An image needs name and file; a whole file
+// needs destination and file, and replaces unless it is new: hashes, or the older
+// files themselves. All files are named relative to dir.
 func FromTOML(b []byte, dir fs.FS) (*Manifest, map[string][]byte, error) {
 	m := new(Manifest)
 	if len(b) > MaxManifest {
@@ -138,9 +139,36 @@ func (f *File) load(dir fs.FS, n int, files map[string][]byte) error {
 	if err != nil {
 		return err
 	}
+	for i, old := range f.Replaces {
+		if sha256Pattern.MatchString(old) {
+			continue
+		}
+		b, err := readFile(dir, old, MaxFile)
+		if err != nil {
+			return fmt.Errorf("replaces[%d]: %w", i, err)
+		}
+		sum := sha256.Sum256(b)
+		f.Replaces[i] = hex.EncodeToString(sum[:])
+	}
+	if id, ok := identityOf(content); f.Identity == nil && ok {
+		f.Identity = &id
+	} else if f.Identity != nil && (!ok || *f.Identity != id) {
+		return fmt.Errorf("identity is not that of %s", f.File)
+	}
 	f.File = fmt.Sprintf("files/%d-%s", n+1, plainName(path.Base(strings.ReplaceAll(f.File, `\`, "/"))))
 	files[f.File] = content
 	return fill(content, &f.Size, &f.SHA256)
+}
+
+// identityOf is the identity of a PE image that processes of this daemon's kind
+// can have mapped; false for any other file.
+func identityOf(content []byte) (pe.Identity, bool) {
+	im, err := pe.Parse(bytes.NewReader(content), int64(len(content)))
+	if err != nil {
+		return pe.Identity{}, false
+	}
+	id, err := im.Identity()
+	return id, err == nil && ArchOf(id.Machine) != "" && CheckBase(id) == nil
 }
 
 func loadBase(dir fs.FS, name string) (Base, error) {

@@ -1,7 +1,9 @@
 package release
 
 import (
+	"crypto/sha256"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"strings"
@@ -90,12 +92,24 @@ kind = "baseline"
 [[files]]
 destination = 'C:\ACME\app.dll'
 file = "out/demo-1.dll"
+replaces = ["out/older.dll", "` + strings.Repeat("a", 64) + `"]
+[[files]]
+destination = 'C:\ACME\app.conf'
+file = "out/app.conf"
 `
-	m, files, err := FromTOML([]byte(text), demoFolder(t))
+	dir := demoFolder(t)
+	dir["out/older.dll"], dir["out/app.conf"] = &fstest.MapFile{Data: []byte("older")}, &fstest.MapFile{Data: []byte("conf")}
+	m, files, err := FromTOML([]byte(text), dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if m.Files[0].File != "files/1-demo-1.dll" || len(files) != 1 || m.Product != DefaultProduct {
+	if r := m.Files[0].Replaces; len(r) != 2 || r[0] != fmt.Sprintf("%x", sha256.Sum256([]byte("older"))) || r[1] != strings.Repeat("a", 64) {
+		t.Errorf("replaces %v", r)
+	}
+	if id := m.Files[0].Identity; id == nil || id.Machine != 0x8664 || id.SizeOfImage == 0 || m.Files[1].Identity != nil {
+		t.Errorf("identities %v, %v", id, m.Files[1].Identity)
+	}
+	if m.Files[0].File != "files/1-demo-1.dll" || len(files) != 2 || m.Product != DefaultProduct {
 		t.Errorf("%+v", m)
 	}
 	if _, err := Write(m, files); err != nil {
