@@ -23,7 +23,9 @@ var _ control.Service = (*Agent)(nil)
 
 // Status, Eligibility and Offers read the published snapshot.
 func (a *Agent) Status(context.Context, control.Caller) (*control.Status, error) {
-	s := a.asOfNow(a.shown.Load().status)
+	shown := a.shown.Load()
+	s := a.asOfNow(shown.status)
+	s.Next = next(shown.announced, shown.offers, a.o.Now())
 	return &s, nil
 }
 

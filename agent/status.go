@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"hotpatchd/agent/control"
+	"hotpatchd/agent/repository"
 	"hotpatchd/agent/store"
 	"hotpatchd/patcher/target"
 )
@@ -18,6 +19,7 @@ type snapshot struct {
 	eligibility control.Eligibility
 	offers      control.Offers
 	processes   control.Processes
+	announced   []repository.Offer // for the calendar, which is worked out when it is asked for
 }
 
 // rowKey names one image in one life, as one product sees it.
@@ -41,7 +43,7 @@ func (a *Agent) publish() {
 	a.again, a.hour = a.nextAgain(v, intents), a.hourOf(v.Now)
 	s := &snapshot{}
 	s.processes = a.showProcesses(v, intents)
-	s.offers = a.showOffers(v, w)
+	s.offers, s.announced = a.showOffers(v, w), a.allOffers()
 	s.eligibility = a.showEligibility()
 	s.status = a.showStatus(v, w, s)
 	old := a.shown.Swap(s)
@@ -225,6 +227,7 @@ func (a *Agent) showStatus(v View, w wishes, s *snapshot) control.Status {
 		st.PausedBy = "policy"
 	}
 	st.Device.Name, _ = os.Hostname()
+	st.Next = next(s.announced, s.offers, v.Now)
 	for _, c := range a.verdict.Checks {
 		if c.Waived {
 			st.Waived = append(st.Waived, string(c.ID))

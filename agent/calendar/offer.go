@@ -50,7 +50,7 @@ type Decision struct {
 func Offered(t *Track, d Device, at time.Time) Decision {
 	l := t.line(d.Build, at)
 	if len(l.updates) == 0 {
-		return Decision{Kind: Nothing, Code: CodeNoUpdates, OnTrack: d.Enrolled, Text: "nothing was published for it"}
+		return Decision{Kind: Nothing, Code: CodeNoUpdates, OnTrack: d.Enrolled, Text: "nothing was published for this device"}
 	}
 	has, unsure := l.find(d)
 	switch {
@@ -59,39 +59,39 @@ func Offered(t *Track, d Device, at time.Time) Decision {
 	case has < 0 && d.UBR > l.newest() && d.UBR > 0 && d.ID == "":
 		return Decision{Kind: Nothing, Code: CodeAhead, Text: fmt.Sprintf("revision %d is newer than all that is known here", d.UBR)}
 	case !d.Enrolled:
-		return l.ordinary(has, d, CodeNotEnrolled, "hotpatches are not for it: it gets ordinary updates, with a restart", time.Time{})
+		return l.ordinary(has, d, CodeNotEnrolled, "hotpatches are not for this device: it gets ordinary updates", time.Time{})
 	}
 	if i := l.last(func(_ int, u Update) bool { return u.Kind == Hotpatch && u.Free }); i > has {
 		return hotpatched(l.updates[i], "it needs no baseline")
 	}
 	until := t.Next(Baseline, at)
 	if m, off := l.upgraded(d); off {
-		return l.ordinary(has, d, CodeUpgraded, fmt.Sprintf("it was upgraded in %s, a hotpatch month: no hotpatches until after the next baseline", m), until)
+		return l.ordinary(has, d, CodeUpgraded, fmt.Sprintf("this device was upgraded in %s, a hotpatch month, and gets no hotpatches before the next baseline", m), until)
 	}
 	switch {
 	case l.onTrack(has):
 		if i := l.hotpatch(); i > has {
-			return hotpatched(l.updates[i], "it has "+l.updates[has].name())
+			return hotpatched(l.updates[i], "this device has "+l.updates[has].name())
 		}
-		return Decision{Kind: Nothing, Code: CodeCurrent, OnTrack: true, Text: "it has " + l.updates[has].name() + ", and nothing newer is out for it"}
+		return Decision{Kind: Nothing, Code: CodeCurrent, OnTrack: true, Text: "this device has " + l.updates[has].name() + ", and nothing newer is out for it"}
 	case l.base < 0 && l.last(func(_ int, u Update) bool { return u.restarts() }) < 0:
-		return Decision{Kind: Nothing, Code: CodeLevel, Text: "which baseline it has cannot be told from what is known here", Until: until}
+		return Decision{Kind: Nothing, Code: CodeLevel, Text: "which baseline this device has cannot be told from what is known here", Until: until}
 	case has > l.base && l.updates[has].restarts(), has < 0 && d.UBR > l.revision(l.base):
 		what := "an update that is no hotpatch"
 		if has >= 0 {
 			what = l.updates[has].name()
 		}
-		return l.ordinary(has, d, CodeOffTrack, "it has "+what+", on which no hotpatch builds: none until the next baseline", until)
+		return l.ordinary(has, d, CodeOffTrack, "this device has "+what+", on which no hotpatch builds, and gets none before the next baseline", until)
 	}
-	base := "a baseline"
-	if l.base >= 0 {
-		base = l.updates[l.base].name()
+	why := "this device gets no hotpatches without it"
+	if i := l.last(func(_ int, u Update) bool { return u.restarts() }); i != l.base {
+		why = "this device is behind the newest baseline, and gets no hotpatches before the next one"
 	}
-	return l.ordinary(has, d, CodeBaseline, "it has not got "+base+": no hotpatches until it has a baseline", until)
+	return l.ordinary(has, d, CodeBaseline, why, until)
 }
 
 func hotpatched(u Update, why string) Decision {
-	return Decision{Kind: Hotpatch, Update: u, Code: CodeHotpatch, OnTrack: true, Text: fmt.Sprintf("%s: %s; no restart", u.name(), why)}
+	return Decision{Kind: Hotpatch, Update: u, Code: CodeHotpatch, OnTrack: true, Text: fmt.Sprintf("%s, without a restart: %s", u.name(), why)}
 }
 
 // ordinary is the newest update with a restart, or nothing if the device has

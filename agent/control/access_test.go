@@ -26,6 +26,7 @@ var expectations = []struct {
 	{"GET", "/v1/eligibility", "", 200, "eligibility"},
 	{"GET", "/v1/report", "", 200, "status; eligibility"},
 	{"GET", "/v1/releases", "", 200, "offers"},
+	{"GET", "/v1/calendar", "", 200, "calendar"},
 	{"GET", "/v1/processes?pid=7&vulnerable=true", "", 200, "processes 7 true"},
 	{"GET", "/v1/events", "", 200, "events"},
 	{"GET", "/metrics", "", 200, "metrics"},
@@ -170,7 +171,7 @@ func TestStrangersSeeOnlyWhatIsListed(t *testing.T) {
 	var got []string
 	f := &fakeService{}
 	for name, doc := range map[string]any{
-		"status": answer[Status](f, "x"), "eligibility": answer[Eligibility](f, "x"), "list": answer[Offers](f, "x"),
+		"status": answer[Status](f, "x"), "eligibility": answer[Eligibility](f, "x"), "list": answer[Offers](f, "x"), "calendar": answer[Calendar](f, "x"),
 		"processes": answer[Processes](f, "x"), "event": answer[Event](f, "x"),
 		"plan": answer[Plan](f, "x"), "change": answer[Change](f, "x"), "verify": answer[Verify](f, "x"),
 		"report":  NewReport(answer[Status](f, "x"), answer[Eligibility](f, "x")),
@@ -326,13 +327,13 @@ func TestScrub(t *testing.T) {
 }
 
 func TestListsAreNeverNull(t *testing.T) {
-	for _, doc := range []any{&Status{}, &Eligibility{}, &Offers{}, &Processes{Processes: []Process{{}}}, &Plan{Processes: []PlannedProcess{{Images: []PlannedImage{{}}}}},
+	for _, doc := range []any{&Status{}, &Eligibility{}, &Offers{}, &Calendar{}, &Calendar{Months: []CalendarMonth{{}}}, &Processes{Processes: []Process{{}}}, &Plan{Processes: []PlannedProcess{{Images: []PlannedImage{{}}}}},
 		&Change{}, &Verify{}, &History{}} {
 		b, err := encode(doc, "1.2", testNow)
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, key := range []string{"releases", "attention", "checks", "processes", "images", "functions", "results", "mismatches", "entries", "holds", "cves"} {
+		for _, key := range []string{"releases", "attention", "checks", "processes", "images", "functions", "results", "mismatches", "entries", "holds", "cves", "months", "products"} {
 			if bytes.Contains(b, []byte(`"`+key+`":null`)) {
 				t.Errorf("%T: %s is null: %s", doc, key, b)
 			}

@@ -98,6 +98,11 @@ func (c *Client) Offers(ctx context.Context) (*Offers, error) {
 	return ask[Offers](ctx, c, "/v1/releases", nil, askWait)
 }
 
+// Calendar asks what is planned, what was released, and what comes next.
+func (c *Client) Calendar(ctx context.Context) (*Calendar, error) {
+	return ask[Calendar](ctx, c, "/v1/calendar", nil, askWait)
+}
+
 // Processes asks for the processes that q tells and the caller may see.
 func (c *Client) Processes(ctx context.Context, q ProcessQuery) (*Processes, error) {
 	v := url.Values{}

@@ -21,6 +21,8 @@ func formatOf(doc any) string {
 		return FormatReport
 	case *Offers:
 		return FormatOffers
+	case *Calendar:
+		return FormatCalendar
 	case *Processes:
 		return FormatProcesses
 	case *Plan:

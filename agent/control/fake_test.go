@@ -78,6 +78,9 @@ func (f *fakeService) Eligibility(_ context.Context, c Caller) (*Eligibility, er
 func (f *fakeService) Offers(_ context.Context, c Caller) (*Offers, error) {
 	return answer[Offers](f, "offers"), f.called(c, "offers")
 }
+func (f *fakeService) Calendar(_ context.Context, c Caller) (*Calendar, error) {
+	return answer[Calendar](f, "calendar"), f.called(c, "calendar")
+}
 func (f *fakeService) Processes(_ context.Context, c Caller, q ProcessQuery) (*Processes, error) {
 	return answer[Processes](f, "processes"), f.called(c, "processes", q.PID, q.Vulnerable)
 }

@@ -24,6 +24,8 @@ func filter(c Caller, doc any) any {
 		return d
 	case *Offers:
 		return strangersOffers(d)
+	case *Calendar:
+		return strangersCalendar(d)
 	case *Processes:
 		return strangersProcesses(c, d)
 	case *Event:

@@ -45,6 +45,7 @@ var routes = []route{
 	{method: "GET", path: "/v1/eligibility", access: open, answer: (*call).eligibility},
 	{method: "GET", path: "/v1/report", access: open, answer: (*call).fleetReport},
 	{method: "GET", path: "/v1/releases", access: open, answer: (*call).offers},
+	{method: "GET", path: "/v1/calendar", access: open, answer: (*call).calendar},
 	{method: "GET", path: "/v1/processes", access: own, params: []string{"pid", "vulnerable"}, answer: (*call).processes},
 	{method: "GET", path: "/v1/events", access: own, stream: (*call).events},
 	{method: "GET", path: "/metrics", access: open, stream: (*call).metrics},
@@ -84,6 +85,7 @@ func find(method, path string) (route, *Error) {
 func (c *call) status() (any, error)      { return c.cfg.Service.Status(c.ctx, c.caller) }
 func (c *call) eligibility() (any, error) { return c.cfg.Service.Eligibility(c.ctx, c.caller) }
 func (c *call) offers() (any, error)      { return c.cfg.Service.Offers(c.ctx, c.caller) }
+func (c *call) calendar() (any, error)    { return c.cfg.Service.Calendar(c.ctx, c.caller) }
 func (c *call) pause() (any, error)       { return c.noBody(c.cfg.Service.Pause) }
 func (c *call) resume() (any, error)      { return c.noBody(c.cfg.Service.Resume) }
 func (c *call) policy() (any, error)      { return c.cfg.Service.Policy(c.ctx, c.caller) }

@@ -31,6 +31,8 @@ type Service interface {
 	Status(ctx context.Context, c Caller) (*Status, error)
 	Eligibility(ctx context.Context, c Caller) (*Eligibility, error)
 	Offers(ctx context.Context, c Caller) (*Offers, error)
+	// Calendar is what is planned, what was released, and what comes next.
+	Calendar(ctx context.Context, c Caller) (*Calendar, error)
 	Processes(ctx context.Context, c Caller, q ProcessQuery) (*Processes, error)
 
 	// Check refreshes the repository now.

@@ -232,9 +232,13 @@ func (s *session) explainCommand() *cobra.Command {
 
 func (s *session) calendarCommand() *cobra.Command {
 	return &cobra.Command{
-		Use: "calendar", Short: "Baseline and hotpatch months (not available yet)", Args: noArgs,
-		RunE: func(*cobra.Command, []string) error {
-			return &control.Error{Code: control.CodeUnavailable, Text: "the calendar is not available yet in this version"}
+		Use: "calendar", Short: "Baseline and hotpatch months: what was released, and what comes next", Args: noArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			d, err := s.client.Calendar(c.Context())
+			if err != nil {
+				return err
+			}
+			return s.show(d, func() string { return s.screen.calendar(d) })
 		},
 	}
 }

@@ -160,6 +160,9 @@ func screens() map[string]string {
 	refused := settingsDoc()
 	refused.Problem = `HKLM\SOFTWARE\Policies\hotpatchd, mode: must be REG_SZ, not REG_DWORD`
 	all["policy-refused"] = s.policy(refused)
+	all["calendar"] = s.calendar(calendarDoc())
+	all["calendar-empty"] = s.calendar(emptyCalendar())
+	all["calendar-east"] = newScreen(false, time.FixedZone("", 9*60*60)).calendar(emptyCalendar())
 	all["history"] = s.history(historyDoc())
 	all["history-empty"] = s.history(&control.History{})
 	broken := historyDoc()

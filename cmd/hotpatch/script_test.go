@@ -244,6 +244,11 @@ func (d *daemon) Offers(context.Context, control.Caller) (*control.Offers, error
 	defer d.mu.Unlock()
 	return offersDoc(), d.ask("list")
 }
+func (d *daemon) Calendar(context.Context, control.Caller) (*control.Calendar, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return calendarDoc(), d.ask("calendar")
+}
 func (d *daemon) Processes(_ context.Context, _ control.Caller, q control.ProcessQuery) (*control.Processes, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
