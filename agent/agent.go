@@ -113,6 +113,9 @@ type Agent struct {
 	stateErr   error // the last write of the state failed
 	stateSince time.Time
 
+	reporting *reporting // nil: nowhere
+	promptly  bool       // tests: a start does not wait for its place in the fleet
+
 	heart   *heart
 	shown   atomic.Pointer[snapshot]
 	hub     hub
@@ -170,6 +173,7 @@ func New(o Options) (*Agent, error) {
 	}
 	a.readFacts(context.Background())
 	a.openRepository()
+	a.openReporting()
 	a.publish()
 	return a, nil
 }

@@ -17,7 +17,7 @@ const expirySoon = 3 * 24 * time.Hour
 
 // attention lists what a person should know or do, worst first.
 func (a *Agent) attention(v View, s *snapshot, holds []control.Hold) []control.Attention {
-	out := slices.Clone(a.notices)
+	out := append(slices.Clone(a.notices), a.reportTrouble(v.Now)...)
 	add := func(code, severity, text, remedy string, since control.Time, scope control.Scope) {
 		out = append(out, control.Attention{Code: code, Severity: severity, Text: text, Remedy: remedy, Since: since, Scope: scope})
 	}

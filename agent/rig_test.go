@@ -187,6 +187,7 @@ func (r *rig) start() error {
 		return err
 	}
 	a.store = &mortal{state: a.store, r: r}
+	a.promptly = true
 	if r.tune != nil {
 		r.tune(a)
 	}

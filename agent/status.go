@@ -47,6 +47,9 @@ func (a *Agent) publish() {
 	s.eligibility = a.showEligibility()
 	s.status = a.showStatus(v, w, s)
 	old := a.shown.Swap(s)
+	if a.reporting != nil {
+		a.reporting.reporter.Changed()
+	}
 	if old != nil && old.status.State != s.status.State {
 		a.hub.send(control.Event{Type: control.EventState, From: string(old.status.State), State: string(s.status.State),
 			Text: fmt.Sprintf("device: %s, was %s", s.status.State, old.status.State), Scope: control.Scope{Public: true}})

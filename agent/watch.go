@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"math/rand/v2"
 	"sync"
 	"time"
 
@@ -20,7 +19,11 @@ func (a *Agent) watch(ctx context.Context, wg *sync.WaitGroup) {
 	}
 	run(func() { WatchPolicy(ctx, a.o.Config.Policy.File, a.Reload) })
 	run(func() { a.watchManagement(ctx) })
-	run(func() { a.checkRegularly(ctx) })
+	polls := a.pollsOf()
+	run(func() { a.checkRegularly(ctx, polls) })
+	if r := a.reporting; r != nil {
+		run(func() { r.reporter.Run(ctx) })
+	}
 	if w, ok := a.o.Backend.(target.Watcher); ok {
 		events, err := w.Watch(ctx)
 		if err != nil {
@@ -35,34 +38,25 @@ func (a *Agent) watch(ctx context.Context, wg *sync.WaitGroup) {
 	}
 }
 
-// jitter spreads the checks of a fleet: each wait is 90 to 110 % of the interval.
-func jitter(d time.Duration) time.Duration {
-	return d - d/10 + rand.N(d/5+1)
-}
-
 // checkRegularly asks the repository now and then. A failure is said by
 // refresh; the next turn comes all the same, sooner after a failure.
-func (a *Agent) checkRegularly(ctx context.Context) {
-	if a.client == nil {
+func (a *Agent) checkRegularly(ctx context.Context, p polls) {
+	if a.client == nil || !sleep(ctx, p.first) {
 		return
 	}
 	const soonest = 5 * time.Second
 	wait := soonest
 	for {
 		err := a.refresh(ctx)
-		d := jitter(a.o.Config.Repository.CheckEvery)
+		d := p.next(time.Now())
 		if err != nil {
-			d = min(d, jitter(wait))
-			wait = min(2*wait, a.o.Config.Repository.CheckEvery)
+			d = min(d, afterFailure(wait))
+			wait = min(2*wait, p.every)
 		} else {
 			wait = soonest
 		}
-		t := time.NewTimer(d)
-		select {
-		case <-ctx.Done():
-			t.Stop()
+		if !sleep(ctx, d) {
 			return
-		case <-t.C:
 		}
 	}
 }

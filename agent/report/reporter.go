@@ -111,7 +111,19 @@ func (r *Reporter) write(ctx context.Context) {
 	regular := r.Now().Add(soon) // a start is worth a report
 	due, lastPut, key := regular, time.Time{}, ""
 	for {
-		timer := time.NewTimer(max(0, due.Sub(r.Now())))
+		// A clock that was set back must not silence the device: nothing lies
+		// further ahead than an interval and a half.
+		now := r.Now()
+		if lastPut.After(now) {
+			lastPut = now
+		}
+		if regular.Sub(now) > 2*r.Every {
+			regular = now
+		}
+		if due.Sub(now) > 2*r.Every {
+			due = regular
+		}
+		timer := time.NewTimer(max(0, due.Sub(now)))
 		select {
 		case <-ctx.Done():
 			timer.Stop()
@@ -129,7 +141,7 @@ func (r *Reporter) write(ctx context.Context) {
 		case <-timer.C:
 		}
 		made, err := r.Make(ctx)
-		now := r.Now()
+		now = r.Now()
 		isTurn := !now.Before(regular)
 		if err == nil && (isTurn || made.Key != key) {
 			if _, err = r.Spool.Put(made.Document); err == nil {
