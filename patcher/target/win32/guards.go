@@ -31,6 +31,9 @@ var neverTouch = []string{
 	"ccsvchst.exe", "mfemms.exe", "xagt.exe", "cyserver.exe", "tmccsf.exe",
 }
 
+// spared tells whether a program is one of neverTouch.
+func spared(name string) bool { return slices.Contains(neverTouch, strings.ToLower(name)) }
+
 // facts are what Windows tells of a process that may speak against touching
 // it. asked is the real one. known is false where this Windows cannot tell: that
 // is no guard, the call itself will be refused then, before any effect.
@@ -54,13 +57,18 @@ func (d *describer) guards(f facts, i target.Info) []target.Guard {
 	if i.PID == d.self {
 		add(target.GuardSelf, "this is the daemon itself")
 	}
-	if slices.Contains(neverTouch, strings.ToLower(i.Host)) {
-		add(target.GuardSystem, "%s is never touched", i.Host)
-	} else if f.critical() {
-		add(target.GuardSystem, "%s is critical to the system: its end would be the machine's", i.Host)
-	}
-	if kind, ok := f.protection(); ok && kind != 0 {
+	kind, _ := f.protection()
+	if kind != 0 {
 		add(target.GuardProtected, "a protected process (%s)", protectionText(kind))
+	}
+	switch {
+	case spared(i.Host):
+		add(target.GuardSystem, "%s is never touched", i.Host)
+	case f.critical():
+		add(target.GuardSystem, "%s is critical to the system: its end would be the machine's", i.Host)
+	case kind != 0:
+		// That we are kept out of it is as it should be, and no gap in what we see.
+		add(target.GuardSystem, "only images signed for its protection come into %s: it is never touched", i.Host)
 	}
 	switch machine, native := f.machines(); {
 	case machine == machineI386 || machine == machineARMNT:

@@ -52,14 +52,14 @@ func TestGuards(t *testing.T) {
 		{"arbitrary code guard", "app.exe", func(f *told) { f.policies = map[uintptr]uint32{dynamicCodePolicy: 1} }, []target.GuardCode{target.GuardDynamicCode}, "arbitrary code guard"},
 		{"code integrity guard, Microsoft", "app.exe", func(f *told) { f.policies = map[uintptr]uint32{signaturePolicy: 1} }, []target.GuardCode{target.GuardSigned}, "code integrity guard"},
 		{"code integrity guard, store", "app.exe", func(f *told) { f.policies = map[uintptr]uint32{signaturePolicy: 2} }, []target.GuardCode{target.GuardSigned}, ""},
-		{"light protection", "app.exe", func(f *told) { f.kind, f.protectionKnown = 1, true }, []target.GuardCode{target.GuardProtected}, "light"},
-		{"full protection", "app.exe", func(f *told) { f.kind, f.protectionKnown = 2, true }, []target.GuardCode{target.GuardProtected}, "full"},
+		{"light protection", "app.exe", func(f *told) { f.kind, f.protectionKnown = 1, true }, []target.GuardCode{target.GuardProtected, target.GuardSystem}, "protect"},
+		{"full protection", "app.exe", func(f *told) { f.kind, f.protectionKnown = 2, true }, []target.GuardCode{target.GuardProtected, target.GuardSystem}, "protect"},
 		{"a debugger", "app.exe", func(f *told) { f.isDebugged = true }, []target.GuardCode{target.GuardTracer}, "debugger"},
 		{"32 bits", "app.exe", func(f *told) { f.machine = machineI386 }, []target.GuardCode{target.Guard32Bit}, "32-bit"},
 		{"32 bits on arm64", "app.exe", func(f *told) { f.machine, f.native = machineARMNT, machineARM64 }, []target.GuardCode{target.Guard32Bit}, ""},
 		{"amd64 on arm64", "app.exe", func(f *told) { f.native = machineARM64 }, []target.GuardCode{target.GuardEmulated}, "amd64 code on an arm64 machine"},
 		{"lsass", "LSASS.exe", func(*told) {}, []target.GuardCode{target.GuardSystem}, "LSASS.exe"},
-		{"defender, protected", "MsMpEng.exe", func(f *told) { f.kind, f.protectionKnown = 1, true }, []target.GuardCode{target.GuardSystem, target.GuardProtected}, ""},
+		{"defender, protected", "MsMpEng.exe", func(f *told) { f.kind, f.protectionKnown = 1, true }, []target.GuardCode{target.GuardProtected, target.GuardSystem}, ""},
 		{"critical", "svchost.exe", func(f *told) { f.isCritical = true }, []target.GuardCode{target.GuardSystem}, "critical"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -83,6 +83,18 @@ func TestGuards(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestKeptOut: a process that cannot even be asked what it is leaves a gap in
+// what we see, unless it is one that is never touched anyway.
+func TestKeptOut(t *testing.T) {
+	d := describer{privileged: true}
+	for name, want := range map[string]int{"app.exe": 1, "Secure System": 2, "MemCompression": 2, "csrss.exe": 2} {
+		i := d.describe(0, entry{id: target.ID{PID: 8}, name: name})
+		if len(i.Guards) != want || i.Guards[0].Code != target.GuardProtected || want > 1 && i.Guards[1].Code != target.GuardSystem {
+			t.Errorf("%s: guards %v", name, i.Guards)
+		}
 	}
 }
 

@@ -34,6 +34,9 @@ func (d *describer) describe(h windows.Handle, e entry) target.Info {
 	i := target.Info{ID: e.id, UID: -1, Host: e.name, Image: e.name, Arch: nativeArch}
 	if h == 0 {
 		i.Guards = append(i.Guards, target.Guard{Code: target.GuardProtected, Text: "the system keeps us out of " + e.name + d.rights()})
+		if spared(e.name) { // processes without a program of their own among them, which nobody can open
+			i.Guards = append(i.Guards, target.Guard{Code: target.GuardSystem, Text: e.name + " is never touched"})
+		}
 		return i
 	}
 	if path := imagePath(h); path != "" {
