@@ -47,10 +47,10 @@ func next(announced []repository.Offer, shown control.Offers, now time.Time) con
 
 // comes tells when an announced release of a kind becomes this device's.
 func comes(o repository.Offer, shown control.Offers, kind calendar.Kind, now time.Time) (time.Time, bool) {
-	if o.Kind != string(kind) || o.Rollout.Halt || o.Rollout.NotBefore == nil || !o.Rollout.NotBefore.After(now) {
+	if o.Kind != string(kind) || o.Rollout.NotBefore == nil || !o.Rollout.NotBefore.After(now) {
 		return time.Time{}, false
 	}
-	// Everything but its hour lets it come here.
+	// Everything but its hour lets it come here: it is not halted, not held, not for others.
 	mine := slices.ContainsFunc(shown.Releases, func(x control.Offer) bool {
 		return x.ID == o.ID && !x.InForce && (x.Fits || x.ReasonCode == "not-before")
 	})
@@ -169,7 +169,7 @@ func product(name string, line []repository.Offer, shown control.Offers, st cont
 	got := calendar.Offered(track, d, now)
 	p.OnTrack, p.Kind, p.Offered, p.Restart = got.OnTrack, string(got.Kind), got.Update.ID, got.Restart
 	p.Code, p.Text, p.Until = string(got.Code), got.Text, control.At(got.Until)
-	if x := shownOffer(shown, p.Offered); p.Offered != "" && !x.InForce && !x.Fits {
+	if x := shownOffer(shown, p.Offered); p.Offered != "" && !x.Fits {
 		p.ReasonCode, p.Reason = x.ReasonCode, x.Reason
 	}
 	p.Next = control.Next{Hotpatch: control.At(track.Next(calendar.Hotpatch, now)), Baseline: control.At(track.Next(calendar.Baseline, now))}

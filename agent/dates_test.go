@@ -45,6 +45,8 @@ func TestDatesOfAProduct(t *testing.T) {
 	all := []repository.Offer{extra, base, nov}
 	halt := extra
 	halt.Rollout.Halt = true
+	later, hour := extra, calendarNoon.Add(time.Hour)
+	later.Rollout.NotBefore = &hour
 	eligible := control.Status{Eligible: true}
 	atBase := control.Status{Eligible: true, Baseline: control.Baseline{ID: "A-10"}}
 	for name, c := range map[string]struct {
@@ -60,6 +62,8 @@ func TestDatesOfAProduct(t *testing.T) {
 		"current":            {all, map[string]func(*control.Offer){"A-11b": nowInForce}, atBase, calendarNoon, "nothing  current "},
 		"halted":             {[]repository.Offer{base, nov, halt}, map[string]func(*control.Offer){"A-11": nowInForce}, atBase, calendarNoon, "nothing  current "},
 		"halted, in force":   {[]repository.Offer{base, nov, halt}, map[string]func(*control.Offer){"A-11b": nowInForce}, atBase, calendarNoon, "nothing  current "},
+		"announced":          {[]repository.Offer{base, nov, later}, nil, atBase, calendarNoon, "hotpatch A-11 hotpatch "},
+		"its hour":           {[]repository.Offer{base, nov, later}, nil, atBase, hour, "hotpatch A-11b hotpatch "},
 		"held":               {all, map[string]func(*control.Offer){"A-11": nowInForce, "A-11b": func(x *control.Offer) { x.Fits, x.Held, x.ReasonCode = false, true, "held" }}, atBase, calendarNoon, "hotpatch A-11b hotpatch held"},
 		"other processor":    {all, map[string]func(*control.Offer){"A-11b": func(x *control.Offer) { x.Fits, x.ReasonCode = false, "arch" }}, atBase, calendarNoon, "hotpatch A-11 hotpatch "},
 		"not eligible":       {all, nil, control.Status{}, calendarNoon, "baseline A-10 not-enrolled "},
@@ -87,7 +91,7 @@ func TestDatesOfMonths(t *testing.T) {
 	second.Published = second.Published.Add(time.Hour)
 	bare := dated("B-1", "hotpatch", "2026-09", "", 1) // without a month: that of its publication
 	bare.Product, bare.Month = "bare", ""
-	all := []repository.Offer{dated("A-01", "baseline", "2026-01", "", 1), june, dated("A-08", "baseline", "2026-08", "", 1), second, dated("A-09", "hotpatch", "2026-09", "", 2), bare, dated("A-12", "hotpatch", "2027-12", "", 9)}
+	all := []repository.Offer{dated("A-01", "baseline", "2026-01", "", 1), june, dated("A-08", "baseline", "2026-08", "", 1), second, dated("A-09", "hotpatch", "2026-09", "", 5), dated("A-10", "baseline", "2026-10", "", 1), bare, dated("A-12", "hotpatch", "2027-12", "", 9)}
 	d := dates(all, listing(all, map[string]func(*control.Offer){"A-09": nowInForce}), control.Status{Eligible: true}, calendarNoon)
 	if d.Month != "2026-11" || d.Kind != "hotpatch" || d.Quarter != "2026-10" || d.Earlier != 2 || d.Later != 1 {
 		t.Errorf("%+v", d)
@@ -112,7 +116,7 @@ func TestDatesOfMonths(t *testing.T) {
 	want := `2026-07 baseline 14
 2026-08 hotpatch 11 A-08/unplanned
 2026-09 hotpatch 8 A-09/in-force A-09b/out-of-band B-1
-2026-10 baseline 13
+2026-10 baseline 13 A-10
 2026-11 hotpatch 10
 2026-12 hotpatch 8
 2027-01 baseline 12
