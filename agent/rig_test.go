@@ -78,6 +78,7 @@ type life struct {
 const goodPolicy = `format = "hotpatchd-policy/1"
 enrolled = true
 allow_hotpatch = true
+canary = "0s"
 `
 
 // newRig makes a device on which nothing runs yet. Its files lie in memory

@@ -35,7 +35,7 @@ func init() {
 
 		// The machine.
 		"run":    (*script).doRun,    // PID MODULE… [exe= user= uid= image= denied=true guard=]
-		"exit":   (*script).doExit,   // PID
+		"exit":   (*script).doExit,   // PID [code=N] [signal=N]
 		"exec":   (*script).doExec,   // PID MODULE…
 		"fork":   (*script).doFork,   // PID LABEL
 		"load":   (*script).doLoad,   // PID FILE [base= name=]

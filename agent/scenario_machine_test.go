@@ -2,7 +2,9 @@ package agent
 
 import (
 	"errors"
+	"fmt"
 	"strconv"
+	"strings"
 
 	"hotpatchd/patcher/target/sim"
 )
@@ -63,7 +65,23 @@ func (s *script) doExit(words []string) error {
 	if err != nil {
 		return err
 	}
-	return s.m.Exit(pid)
+	code, signal := 0, 0
+	for _, w := range words[1:] {
+		key, value, _ := strings.Cut(w, "=")
+		n, err := strconv.Atoi(value)
+		if err != nil {
+			return fmt.Errorf("%s is no number", w)
+		}
+		switch key {
+		case "code":
+			code = n
+		case "signal":
+			signal = n
+		default:
+			return fmt.Errorf("%s is neither code= nor signal=", w)
+		}
+	}
+	return s.m.ExitWith(pid, uint32(code), signal)
 }
 
 func (s *script) doFork(words []string) error {

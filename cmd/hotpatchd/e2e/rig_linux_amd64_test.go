@@ -165,9 +165,13 @@ func (d *device) write(name, text string) {
 	}
 }
 
-// policy replaces the policy file as an editor does, by rename.
+// policy replaces the policy file as an editor does, by rename. Releases come
+// into all processes at once unless lines say otherwise.
 func (d *device) policy(lines string) {
 	d.t.Helper()
+	if !strings.Contains(lines, "canary") {
+		lines += "\ncanary = \"0s\"\n"
+	}
 	d.write("policy.new", "format = \"hotpatchd-policy/1\"\nenrolled = true\nallow_hotpatch = true\n"+lines)
 	if err := os.Rename(d.path("policy.new"), d.path("policy.toml")); err != nil {
 		d.t.Fatal(err)

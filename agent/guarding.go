@@ -1,0 +1,147 @@
+package agent
+
+import (
+	"encoding/json"
+	"fmt"
+	"strings"
+	"time"
+
+	"go.uber.org/zap"
+
+	"hotpatchd/agent/control"
+	"hotpatchd/agent/guard"
+	"hotpatchd/agent/store"
+	"hotpatchd/patcher/target"
+)
+
+// healthGuard is who takes a release out when processes end badly with it.
+var healthGuard = control.Caller{UID: own.UID, GID: own.GID, PID: own.PID, User: "the health guard", Admin: true}
+
+const (
+	// settingPrograms is JSON: program → how it fared without a release on trial.
+	settingPrograms = "guard/programs"
+	// programsEvery is how often that is stored: to lose some of it costs little.
+	programsEvery = 10 * time.Minute
+)
+
+// heardOfEnd is told that a process ended.
+func (a *Agent) heardOfEnd(e target.Event) {
+	how, text := ending(e)
+	a.vigil.end(e.PID, how, text, false, a.o.Now())
+	a.endedWithFiles(e)
+}
+
+// ending words how a process ended.
+func ending(e target.Event) (guard.Ending, string) {
+	switch {
+	case e.Signal != 0:
+		return guard.OfSignal(e.Signal, 0), fmt.Sprintf("ended by signal %d", e.Signal)
+	case e.Code >= 0x80000000: // an NTSTATUS: Linux has exit codes up to 255
+		return guard.OfStatus(e.Code), fmt.Sprintf("ended with status 0x%08x", e.Code)
+	}
+	return guard.OfSignal(0, int(e.Code)), fmt.Sprintf("ended with exit code %d", e.Code)
+}
+
+// guardTurn keeps the accounts, and has taken out what harms.
+func (a *Agent) guardTurn() {
+	if a.policy == nil || a.policy.Guard == GuardOff {
+		a.vigil.lives, a.vigil.byPID = map[target.ID]*vita{}, map[int]*vita{}
+		return
+	}
+	now := a.o.Now()
+	a.vigil.window = a.policy.GuardWindow
+	a.countLives(now)
+	hurt := a.vigil.turn(func(id target.ID) bool { return a.procs[id] != nil }, now)
+	for _, key := range hurt {
+		a.weigh(key, now)
+	}
+	a.storePrograms(now)
+}
+
+// countLives tells who lives, and what runs in whom. Called right after the work
+// too: who crashes at once must be known to have been patched.
+func (a *Agent) countLives(now time.Time) {
+	if a.policy == nil || a.policy.Guard == GuardOff {
+		return
+	}
+	runs := map[target.ID]map[string]time.Time{}
+	for _, r := range a.allRecords() {
+		if r.Live() {
+			if runs[r.ID] == nil {
+				runs[r.ID] = map[string]time.Time{}
+			}
+			runs[r.ID][r.Release] = r.At
+		}
+	}
+	for id, p := range a.hosts {
+		if len(p.images) > 0 {
+			a.vigil.living(id, programOf(p.info), runs[id], now)
+		}
+	}
+}
+
+// weigh judges one case in which something ended badly.
+func (a *Agent) weigh(key caseKey, now time.Time) {
+	c := a.vigil.caseOf(key, now)
+	v := guard.Judge(c)
+	signs := strings.Join(a.vigil.signs[key], "; ")
+	a.log.Warn("a patched process ended badly", zap.String("release", key.release), zap.String("exe", key.program),
+		zap.Bool("guilty", v.Guilty), zap.String("text", v.Text), zap.String("seen", signs))
+	if over, _ := a.trial().over(key.release, now); !over {
+		a.trialAnew(key.release, now)
+	}
+	if !v.Guilty {
+		return
+	}
+	product, _, _ := a.whatIs(key.release, a.shown.Load())
+	text := fmt.Sprintf("%s: %s (%s)", key.release, v.Text, signs)
+	a.vigil.drop(key.release)
+	if a.policy.Guard == GuardObserve {
+		a.notice("guard", control.SeverityWarning, text+". The policy says guard = \"observe\": nothing is taken out", signs)
+		a.history(healthGuard, control.HistoryEntry{Action: "guard-observed", Product: product, Release: key.release, Text: text})
+		return
+	}
+	held, err := a.hold(healthGuard, key.release, product, v.Text+" ("+signs+")", "guard")
+	if err != nil {
+		a.notice("guard", control.SeverityError, text+". It could not be taken out: the state cannot be written", err.Error())
+		return
+	}
+	if held {
+		a.notice("guard", control.SeverityError, text+". It is taken out everywhere on this device, and held", signs)
+		a.dirty = true
+	}
+}
+
+// trialAnew begins the trial of a release anew: its canary died.
+func (a *Agent) trialAnew(release string, now time.Time) {
+	next := map[string]time.Time{}
+	for id, at := range a.trials {
+		next[id] = at
+	}
+	next[release] = now
+	a.setTrials(next)
+}
+
+// storePrograms keeps what is known of programs over our end, now and then.
+func (a *Agent) storePrograms(now time.Time) {
+	if !a.vigil.changed || now.Sub(a.programsAt) < programsEvery {
+		return
+	}
+	if a.update(func(tx *store.Tx) error { return setting(tx, settingPrograms, a.vigil.without) }) == nil {
+		a.vigil.changed, a.programsAt = false, now
+	}
+}
+
+// readPrograms is for readState. What cannot be read is learned anew.
+func readPrograms(tx *store.Tx) map[string]*guard.Tally {
+	out := map[string]*guard.Tally{}
+	if b, ok := tx.Get(settingPrograms); ok && json.Unmarshal(b, &out) != nil {
+		return map[string]*guard.Tally{}
+	}
+	for program, t := range out {
+		if t == nil {
+			delete(out, program)
+		}
+	}
+	return out
+}
