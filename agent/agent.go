@@ -47,6 +47,9 @@ type Options struct {
 	Log     *zap.Logger
 	Version string
 	Now     func() time.Time
+	// HostEvents tells, until ctx ends, when the machine has slept, its clock was
+	// set, or its network has changed: WatchHost. nil: nobody tells.
+	HostEvents func(ctx context.Context, tell func(what string))
 	// SystemImage tells whether the operating system hotpatches the image of a
 	// file itself; nil: none.
 	SystemImage func(path string) bool
@@ -84,16 +87,26 @@ type Agent struct {
 	expires        time.Time
 	checkedAt      time.Time // last check that succeeded
 	repoErr        *control.RepositoryError
+	outside        outside
 	releases       map[string]*loaded
 	loading        map[string]bool
 	retryLoad      map[string]time.Time
+	bases          baselines
 	procs          map[target.ID]*procState
+	hosts          map[target.ID]*procState // those with images, and those that could not be looked into
+	lives          map[int]target.ID        // of procs, by pid
+	starts         starts
+	latency        latency
 	scannedAt      time.Time
+	listedAt       time.Time // the last list of all processes began, by a clock that nobody sets
 	scanErr        error
 	scanCost       time.Duration // of looking at the processes, the last time
 	denied         int           // processes that could not be looked into
 	unread         int           // processes that have mapped too much to be looked into
 	rows           map[rowKey]row
+	trials         map[string]time.Time // release → when its first process was patched
+	vigil          *vigil
+	programsAt     time.Time            // when what is known of programs was stored
 	checked        map[string]time.Time // record → when it was last compared with memory
 	notices        []control.Attention
 	dirty          bool
@@ -145,8 +158,8 @@ func New(o Options) (*Agent, error) {
 		o: o, log: o.Log, store: st,
 		wake: make(chan struct{}, 1), calls: make(chan func()), done: make(chan struct{}),
 		local: map[string]repository.Offer{}, releases: map[string]*loaded{}, loading: map[string]bool{}, retryLoad: map[string]time.Time{},
-		procs: map[target.ID]*procState{}, rows: map[rowKey]row{}, checked: map[string]time.Time{}, records: map[string]patcher.Record{}, dirty: true,
-		left: map[target.ID]*job{}, patience: stepMost, share: turnMost, heart: newHeart(o.Config.Backend.ScanEvery),
+		procs: map[target.ID]*procState{}, hosts: map[target.ID]*procState{}, lives: map[int]target.ID{}, starts: starts{young: map[int]*young{}}, rows: map[rowKey]row{}, checked: map[string]time.Time{}, records: map[string]patcher.Record{}, dirty: true,
+		vigil: newVigil(), left: map[target.ID]*job{}, patience: stepMost, share: turnMost, heart: newHeart(o.Config.Backend.ScanEvery),
 	}
 	if damage != nil {
 		if damage.Moved == "" || damage.Word { // else attention says it, until the operator has looked
@@ -173,6 +186,7 @@ func New(o Options) (*Agent, error) {
 	}
 	a.readFacts(context.Background())
 	a.openRepository()
+	a.openBaselines()
 	a.openReporting()
 	a.publish()
 	return a, nil
@@ -196,6 +210,7 @@ func (a *Agent) readState() error {
 			}
 			a.records[key] = r
 		}
+		a.trials, a.vigil.without = readTrials(tx), readPrograms(tx)
 		b, ok := tx.Get(settingLocal)
 		if ok {
 			if err := json.Unmarshal(b, &a.local); err != nil {
@@ -212,12 +227,15 @@ func (a *Agent) readState() error {
 func (a *Agent) Run(ctx context.Context) error {
 	defer close(a.done)
 	a.history(own, control.HistoryEntry{Action: "start", Text: "hotpatchd " + a.o.Version + " started"})
+	wctx, cancel := context.WithCancel(ctx)
+	a.watchProcesses(wctx) // before the first list: what starts meanwhile is told
+	a.restartBaselines() // before any process is touched
 	a.recoverAll(ctx)
+	begun := time.Now()
 	a.pass(ctx, "", nil)
 	if a.o.Ready != nil {
 		a.o.Ready()
 	}
-	wctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer cancel()
@@ -227,14 +245,16 @@ func (a *Agent) Run(ctx context.Context) error {
 	defer a.finish()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	woken, last := false, time.Now()
+	woken, ended := false, time.Now()
 	for {
 		if err := a.store.Err(); err != nil {
 			return fmt.Errorf("cannot go on without a journal; what is applied stays: %w", err)
 		}
-		wait := a.nextWake()
-		if woken {
-			wait = min(wait, max(0, a.gap()-time.Since(last)))
+		wait := a.untilPass(begun, ended, woken)
+		glance, young := a.untilGlance()
+		young = young && glance < wait
+		if young {
+			wait = glance
 		}
 		timer.Reset(wait)
 		select {
@@ -248,14 +268,26 @@ func (a *Agent) Run(ctx context.Context) error {
 			a.heart.at("")
 		case <-a.wake:
 			woken = true
+		case e, ok := <-a.starts.events:
+			if ok {
+				a.takeEvents(e)
+			} else { // the end
+				a.starts.events = nil
+			}
 		case <-timer.C:
+			if young {
+				a.glance(ctx)
+				a.heart.at("")
+				continue
+			}
 			woken = false
 			// A state that was taken away shows now, not at the next order.
 			if a.store.View(func(*store.Tx) error { return nil }); a.store.Err() != nil {
 				continue
 			}
+			begun = time.Now()
 			a.pass(ctx, "", nil)
-			last = time.Now()
+			ended = time.Now()
 		}
 	}
 }
@@ -321,15 +353,20 @@ func (a *Agent) call(ctx context.Context, fn func()) error {
 	}
 }
 
-// nextWake is how long the loop may sleep: the scan interval, or less when
-// something is to be tried again.
-func (a *Agent) nextWake() time.Duration {
-	d := a.o.Config.Backend.ScanEvery
+// untilPass is how long it is until the next pass: the scan interval from the
+// beginning of the last one, whatever happens meanwhile, or less when something
+// is to be tried again or woke the loop.
+func (a *Agent) untilPass(begun, ended time.Time, woken bool) time.Duration {
+	every := a.o.Config.Backend.ScanEvery
+	d := max(every-time.Since(begun), min(leastGap, every)-time.Since(ended), 0)
 	if a.more {
-		return leastGap // so that requests come in between
+		return max(0, leastGap-time.Since(ended)) // so that requests come in between
 	}
 	if !a.again.IsZero() {
 		d = min(d, max(a.again.Sub(a.o.Now()), time.Millisecond))
+	}
+	if woken {
+		d = min(d, max(0, a.gap()-time.Since(ended)))
 	}
 	return d
 }

@@ -51,12 +51,12 @@ func (a *Agent) attention(v View, s *snapshot, holds []control.Hold) []control.A
 		}
 		add("policy", control.SeverityError, text, "mend "+a.policyFault()+" (hotpatchd check-config shows the place)", now, public)
 	}
-	if a.repoErr != nil {
+	if a.astray(v.Now) {
 		add("repository", control.SeverityWarning, "repository: "+a.repoErr.Text, "applied fixes stay; it is tried again by itself", a.repoErr.Since, public)
 	}
 	if !a.expires.IsZero() && v.Now.After(a.expires) {
 		add("expired", control.SeverityWarning, fmt.Sprintf("the repository's metadata ended %s: nothing new is applied", stamp(a.expires)), "the publisher has to sign it anew; or this clock is ahead", control.At(a.expires), public)
-	} else if !a.expires.IsZero() && a.expires.Sub(v.Now) < expirySoon && a.repoErr != nil {
+	} else if !a.expires.IsZero() && a.expires.Sub(v.Now) < expirySoon && a.astray(v.Now) {
 		add("expires-soon", control.SeverityWarning, fmt.Sprintf("the repository's metadata ends %s, and it cannot be asked for newer", stamp(a.expires)), "mend the connection to the repository", now, public)
 	}
 	if a.denied > 0 {
@@ -91,6 +91,7 @@ func (a *Agent) attention(v View, s *snapshot, holds []control.Hold) []control.A
 			out[len(out)-1].Product = h.Product
 		}
 	}
+	a.attendFiles(s.files, add)
 	for _, o := range openStates(s.processes) {
 		add(string(o.state), o.severity(), o.text(), string(o.remedy), now, public)
 	}

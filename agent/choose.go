@@ -19,6 +19,8 @@ func because(code, format string, a ...any) reason { return reason{code, fmt.Spr
 type device struct {
 	OS, Arch string // as releases spell them: "linux", "amd64"
 	Baseline string // id of the baseline in force, "" if none was ever installed
+	// Baselines are those in force by product, where files of that product are ours to replace.
+	Baselines map[string]string
 	Place    int    // in rollouts, 0 to 99
 }
 
@@ -64,17 +66,25 @@ type choice struct {
 	Held    *repository.Offer // the one that a hold alone keeps out, nil if none: what is older than Want is not missed
 }
 
+// baseline is the baseline in force for a product.
+func (d device) baseline(product string) string {
+	if id, ok := d.Baselines[product]; ok {
+		return id
+	}
+	return d.Baseline
+}
+
 // fits tells why an offer is not for this device at all; ok means it is.
 func fits(o repository.Offer, d device) (reason, bool) {
 	switch {
 	case o.Kind != release.KindHotpatch:
-		return because("baseline-kind", "it is a baseline: not available yet"), false
+		return because("baseline-kind", "it is a baseline: whole files, in force after a restart"), false
 	case len(o.OS) > 0 && !slices.Contains(o.OS, d.OS):
 		return because("os", "it is for %v, this is %s", o.OS, d.OS), false
 	case len(o.Arch) > 0 && !slices.Contains(o.Arch, d.Arch):
 		return because("arch", "it is for %v, this is %s", o.Arch, d.Arch), false
-	case o.Baseline != "" && o.Baseline != d.Baseline:
-		return because("baseline", "it needs the baseline %s, this device has %q", o.Baseline, d.Baseline), false
+	case o.Baseline != "" && o.Baseline != d.baseline(o.Product):
+		return because("baseline", "it needs the baseline %s, this device has %s", o.Baseline, cmp.Or(d.baseline(o.Product), "none")), false
 	}
 	return reason{}, true
 }

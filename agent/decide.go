@@ -25,10 +25,12 @@ type View struct {
 	Opens    time.Time        // when they open again, if Closed
 	Grace    map[string]grace // by product, when what is in force stops keeping to the hours; none: never
 	Forced   string           // product whose release an operator asked for just now: hours do not matter
+	Trial    Trial
 	Choices  map[string]choice
 	Scope    func(product string) bool           // products that concern this installation
 	Word     func(release string) (reason, bool) // somebody's word takes this release out
 	Ready    func(release string) bool           // verified and loaded
+	Builds   map[string][]fixedBuild             // by product: what is fixed on disk
 	Deny     func(info target.Info, name, path string) (reason, bool)
 	InScope  func(image string) bool
 	Procs    []Proc
@@ -129,6 +131,7 @@ func decide(v View) []Intent {
 		}
 		limit(out[first:])
 	}
+	canaryFirst(v, out)
 	return out
 }
 
@@ -173,6 +176,9 @@ func productsOf(v View, im *ImageView) []string {
 	for product := range im.Records {
 		all[product] = true
 	}
+	for product := range v.Builds {
+		all[product] = true
+	}
 	for i := range im.Claims {
 		all[im.Claims[i].Product] = true
 	}
@@ -208,6 +214,10 @@ func decideProduct(v View, p *Proc, im *ImageView, product string) (Intent, bool
 		return decideLive(v, in, rec, c), true
 	}
 	named, same := match(in.Offer, im)
+	if id := v.fixed(product, im); id != "" && !same {
+		in.State, in.Reason = control.Fixed, because("fixed", "its file is the one of %s", id)
+		return in, true
+	}
 	switch {
 	case !named:
 		return in, false

@@ -37,21 +37,28 @@ func (a *Agent) pass(ctx context.Context, forced string, progress progressFunc) 
 	a.collect()
 	changed := a.scan(ctx)
 	changed = a.recheck(ctx) || changed
-	if !changed && !a.dirty && forced == "" && !a.due() {
-		return
+	changed = changed || a.vigil.waits()
+	if changed || a.dirty || forced != "" || a.due() {
+		a.act(ctx, forced, progress)
 	}
+}
+
+// act decides, performs and publishes.
+func (a *Agent) act(ctx context.Context, forced string, progress progressFunc) {
 	begin := beginMost
 	if forced != "" {
 		begin = beginForced
 	}
 	a.begins = time.Now().Add(begin)
 	a.dirty = true // until a round finds nothing more to do
+	a.guardTurn()
 	for range maxRounds {
 		if !a.round(ctx, forced, progress) {
 			a.dirty = a.more
 			break
 		}
 	}
+	a.countLives(a.o.Now())
 	a.heart.at("publishing how things are")
 	a.publish()
 }
@@ -61,6 +68,7 @@ func (a *Agent) pass(ctx context.Context, forced string, progress progressFunc) 
 // it known what is in force here, and then a release may come into force.
 func (a *Agent) round(ctx context.Context, forced string, progress progressFunc) bool {
 	a.heart.at("deciding what to do")
+	a.noteTrials()
 	v, w := a.view(forced)
 	work := decide(v)
 	if truth := kinds(work, DoRecover, DoAdopt); len(truth) > 0 {
@@ -70,11 +78,14 @@ func (a *Agent) round(ctx context.Context, forced string, progress progressFunc)
 		v, w = a.view(forced)
 		work = decide(v)
 	}
+	a.heart.at("looking after files")
+	a.tendBaselines(v, w)
 	a.heart.at("bringing releases into force")
 	if a.comeIntoForce(ctx, v, w, work) {
 		v, _ = a.view(forced)
 		work = decide(v)
 	}
+	a.stopClocks(work)
 	return a.perform(ctx, kinds(work, DoUndo, DoApply), own, progress)
 }
 
@@ -217,7 +228,7 @@ func (a *Agent) settle(o outcome) bool {
 		return false
 	}
 	if o.gone {
-		delete(a.procs, o.intent.Proc.Info.ID)
+		a.dropProc(o.intent.Proc.Info.ID)
 		return true
 	}
 	for _, im := range p.images {
@@ -228,8 +239,11 @@ func (a *Agent) settle(o outcome) bool {
 			delete(im.Tried, o.intent.Product)
 			// A record stands for them now, or nothing does.
 			im.Claims = slices.DeleteFunc(im.Claims, func(c patcher.Claim) bool { return c.Product == o.intent.Product })
-			if o.intent.Kind == DoAdopt {
+			switch o.intent.Kind {
+			case DoAdopt:
 				a.adopted(*o.intent.Claim)
+			case DoApply:
+				a.patched(im)
 			}
 			return true
 		}

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"hotpatchd/agent/control"
+	"hotpatchd/agent/release"
 	"hotpatchd/agent/repository"
 	"hotpatchd/agent/store"
 	"hotpatchd/patcher/target"
@@ -19,6 +20,7 @@ type snapshot struct {
 	eligibility control.Eligibility
 	offers      control.Offers
 	processes   control.Processes
+	files       filesShown
 	announced   []repository.Offer // for the calendar, which is worked out when it is asked for
 }
 
@@ -73,6 +75,7 @@ func (a *Agent) nextAgain(v View, intents []Intent) time.Time {
 	for _, c := range v.Choices {
 		sooner(c.Opens)
 	}
+	sooner(a.nextFiles(v.Now))
 	for id, r := range a.broken() {
 		if r.Code == codeFetch && !a.loading[id] {
 			sooner(a.retryLoad[id])
@@ -102,7 +105,7 @@ func (a *Agent) showProcesses(v View, intents []Intent) control.Processes {
 		p := get(in.Proc.Info)
 		p.Images = append(p.Images, a.showImage(in, rows))
 	}
-	for _, ps := range a.procs {
+	for _, ps := range a.hosts {
 		if im, ok := deniedRow(ps, v.Choices); ok {
 			p := get(ps.info)
 			im.Since = control.At(a.since(rows, rowKey{ps.info.ID, 0, im.Product}, ps.info.UID, im))
@@ -173,6 +176,13 @@ func (a *Agent) showOffers(v View, w wishes) control.Offers {
 	for _, o := range a.allOffers() {
 		x := control.Offer{ID: o.ID, Product: o.Product, Kind: o.Kind, Sequence: int64(o.Sequence), Month: o.Month, Baseline: o.Baseline,
 			Title: o.Title, Severity: o.Severity, CVEs: nonNil(o.CVEs), Published: control.At(o.Published), Halted: o.Rollout.Halt, InForce: w.InForce[o.Product] == o.ID}
+		if o.Kind == release.KindBaseline {
+			r, inForce, ok := a.showBaselineOffer(o, v, w)
+			x.Fits, x.ReasonCode, x.Reason, x.InForce = ok, r.Code, r.Text, inForce
+			_, x.Held = w.Hold(o.ID)
+			doc.Releases = append(doc.Releases, x)
+			continue
+		}
 		r, ok := fits(o, d)
 		if ok {
 			r, ok = allowed(o, d, w, v.Now, a.fresh(v.Now))
@@ -219,6 +229,7 @@ func (a *Agent) showStatus(v View, w wishes, s *snapshot) control.Status {
 		Holds: []control.Hold{}, Waived: []string{}, Fails: openChecks(a.verdict), Paused: v.Paused.Code != "", Mode: string(w.Mode),
 		Scanned:    control.At(a.scannedAt),
 		Unseen:     a.denied + a.unread,
+		Latency:    a.showLatency(),
 		Repository: control.Repository{URL: a.o.Config.Repository.URL, LastCheck: control.At(a.checkedAt), Expires: control.At(a.expires), Error: a.repoErr},
 		Device:     control.Device{OS: a.device.OS, Arch: a.device.Arch, Build: a.device.Build, Edition: a.device.Edition, ID: a.device.ID},
 		Backend:    control.Backend{Name: a.o.Backend.Name(), Freeze: a.method},
@@ -265,6 +276,8 @@ func (a *Agent) showStatus(v View, w wishes, s *snapshot) control.Status {
 		st.Release = &st.Releases[0]
 		s.processes.Release, s.processes.Sequence = st.Release.ID, st.Release.Sequence
 	}
+	s.files = a.showFiles(v.Choices, s.offers.Releases)
+	st.Baseline, st.Staged, st.RestartRequired = s.files.current, s.files.staged, len(s.files.restart) > 0
 	st.Attention = a.attention(v, s, st.Holds)
 	st.State = a.state(v, w, s)
 	return st
@@ -322,10 +335,8 @@ func (a *Agent) state(v View, w wishes, s *snapshot) control.State {
 		return control.Ineligible
 	}
 	held := false
-	for _, o := range s.offers.Releases {
-		if _, other := v.Choices[o.Product]; o.ReasonCode == "baseline" && !other {
-			return control.BaselineRequired // nothing of this product fits without it
-		}
+	if len(s.files.behind) > 0 {
+		return control.BaselineRequired
 	}
 	for _, ch := range v.Choices {
 		held = held || ch.Held != nil
@@ -334,6 +345,8 @@ func (a *Agent) state(v View, w wishes, s *snapshot) control.State {
 	switch {
 	case held:
 		return control.Held
+	case len(s.files.restart) > 0:
+		return control.RestartRequired
 	case c.Open() > 0 && !pendingOnly:
 		return control.Incomplete
 	case c.Pending > 0:

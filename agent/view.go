@@ -37,8 +37,9 @@ func (a *Agent) view(forced string) (View, wishes) {
 		Deny: a.deniedByPolicy,
 	}
 	v.Paused, v.Lost, v.Chosen, v.Trial = a.paused(), a.lost(), w.Installed, a.trial()
+	v.Builds = a.builds(v.Choices, a.filesWanted(w, v.Choices, now))
 	records := a.recordsByImage()
-	for _, p := range a.procs {
+	for _, p := range a.hosts {
 		proc := Proc{Info: p.info, Err: p.err, Used: p.used, Rest: p.rest, Left: a.left[p.info.ID] != nil}
 		for _, im := range p.images {
 			iv := im.ImageView
@@ -64,6 +65,10 @@ func (a *Agent) deviceFor() device {
 	d := device{OS: "linux", Arch: a.device.Arch, Place: a.place()}
 	if strings.HasPrefix(strings.ToLower(a.device.OS), "windows") {
 		d.OS = "windows"
+	}
+	d.Baselines = map[string]string{}
+	for product, s := range a.bases.standing {
+		d.Baselines[product] = s.ID
 	}
 	return d
 }

@@ -176,6 +176,7 @@ type Status struct {
 	Baseline        Baseline        `json:"baseline"`
 	Coverage        Coverage        `json:"coverage"`
 	RestartRequired bool            `json:"restart_required"`
+	Staged          []StagedFiles   `json:"staged"` // whole files beside their destinations, or kept
 	Repository      Repository      `json:"repository"`
 	Next            Next            `json:"next"`
 	Attention       []Attention     `json:"attention"` // worst first
@@ -191,7 +192,33 @@ type Status struct {
 	Fails    []string `json:"fails"`   // checks that stand in the way
 	Scanned  Time     `json:"scanned"` // end of the last complete scan; null before the first
 	Unseen   int      `json:"unseen"`  // processes that the system does not let the daemon look into
+	Latency  Latency  `json:"latency"`
 }
+
+// Latency is how long images lay in memory before they were patched, since the
+// daemon started: those of programs that started, and apart from them those
+// that were loaded later. Each measurement is the longest it may have been.
+type Latency struct {
+	Quantiles
+	Late        Quantiles `json:"late"`
+	Watch       string    `json:"watch"` // how starts are noticed: WatchEvents or WatchScan
+	Why         string    `json:"why"`   // why not by events
+	ScanEveryMS int64     `json:"scan_every_ms"`
+}
+
+// Quantiles are of the last measurements, at most 512; 0 while Count is 0.
+type Quantiles struct {
+	P50MS float64 `json:"p50_ms"`
+	P99MS float64 `json:"p99_ms"`
+	Count int     `json:"count"`  // of all
+	SumMS float64 `json:"sum_ms"` // of all
+}
+
+// How starts of processes are noticed.
+const (
+	WatchEvents = "events" // the system tells of them
+	WatchScan   = "scan"   // by looking at all processes, every scan_every
+)
 
 // ActiveRelease is a release in force on this device.
 type ActiveRelease struct {
@@ -210,6 +237,18 @@ type Baseline struct {
 	ID      string `json:"id"`
 	Month   string `json:"month"`
 	Current bool   `json:"current"`
+}
+
+// StagedFiles is what one release has put, or will put, on the disk.
+type StagedFiles struct {
+	Product string `json:"product"`
+	ID      string `json:"id"`
+	Kind    string `json:"kind"`  // of the release
+	Month   string `json:"month"` // "2026-11"
+	Phase   string `json:"phase"` // staged, active (the old files are kept), leaving
+	Since   Time   `json:"since"` // of the phase
+	Files   int    `json:"files"`
+	Text    string `json:"text"`
 }
 
 // Coverage counts images by state. The counts after Images add up to Images.
