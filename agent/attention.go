@@ -81,6 +81,7 @@ func (a *Agent) attention(v View, s *snapshot, holds []control.Hold) []control.A
 			add(c.Why.Code, control.SeverityWarning, fmt.Sprintf("%s cannot be used here, %s is: %s", c.Latest.ID, c.Want.ID, c.Why.Text), string(remedyFor(c.Why)), now, public)
 		}
 	}
+	out = append(out, a.approvedInVain(v.Now, a.wishes())...)
 	for _, h := range holds {
 		if h.Decisive {
 			since := h.Since
@@ -152,7 +153,7 @@ func (a *Agent) toDo(in Intent) string {
 		return "hotpatch install " + id
 	case "not-approved":
 		return "list it under approve in " + a.o.Config.Policy.File + "; or hotpatch install " + id
-	case "not-before", "deferred", "ring", "hours":
+	case "not-before", "deferred", "returns", "ring", "hours":
 		return "nothing: it comes by itself; now: hotpatch install " + id
 	case "expired":
 		return "hotpatch check; the publisher has to sign the metadata anew, or this clock is ahead"

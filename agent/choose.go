@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"hotpatchd/agent/release"
@@ -29,13 +30,14 @@ type wishes struct {
 	Products  []Glob
 	Hold      func(id string) (reason, bool)
 	Mode      Mode
-	Approve   []string          // ids, for mode approved
-	Defer     time.Duration     // after publication
-	Installed map[string]bool   // ids the operator asked for, for what mode, deferral and rollouts hold back
-	InForce   map[string]string // product → id in force
-	Floors    map[string]uint32 // product and baseline → highest sequence ever in force
-	Ends      time.Time         // of the metadata
-	Broken    map[string]reason // id → why a release that metadata names cannot be used here
+	Approve   []string             // ids, for mode approved
+	Defer     time.Duration        // after publication
+	Installed map[string]bool      // ids the operator asked for, for what mode, deferral and rollouts hold back
+	InForce   map[string]string    // product → id in force
+	Floors    map[string]uint32    // product and baseline → highest sequence ever in force
+	Ends      time.Time            // of the metadata
+	Returns   map[string]time.Time // id → when it may come back after its publisher took it out again and again
+	Broken    map[string]reason    // id → why a release that metadata names cannot be used here
 }
 
 // word tells whether somebody's word takes a release out: a hold, or a halt
@@ -131,6 +133,9 @@ func allowed(o repository.Offer, d device, w wishes, now time.Time, fresh bool) 
 	if o.Rollout.Halt && (o.Rollout.Undo || w.InForce[o.Product] != o.ID) {
 		return halted(o), false
 	}
+	if at := w.Returns[o.ID]; now.Before(at) && w.InForce[o.Product] != o.ID {
+		return because("returns", "its publisher has halted it, undone it and released it again and again: it comes back %s", stamp(at)), false
+	}
 	if w.InForce[o.Product] == o.ID || w.Installed[o.ID] && fresh {
 		return reason{}, true
 	}
@@ -173,7 +178,7 @@ func early(o repository.Offer, deferral time.Duration, now time.Time) reason {
 	case o.Rollout.NotBefore != nil && at.Equal(*o.Rollout.NotBefore):
 		return because("not-before", "its publisher releases it on %s", stamp(at))
 	}
-	text := fmt.Sprintf("the policy defers it until %s, %s after its publication", stamp(at), deferral)
+	text := fmt.Sprintf("the policy defers it until %s, %s after its publication", stamp(at), short(deferral))
 	if severityRank(o.Severity) == 0 {
 		text += "; it is critical"
 	}
@@ -211,7 +216,11 @@ func choose(offers []repository.Offer, d device, w wishes, now time.Time, fresh 
 				break
 			}
 			if timed[r.Code] && !below {
-				if at := opens(*o, w.Defer); c.Opens.IsZero() || at.Before(c.Opens) {
+				at := opens(*o, w.Defer)
+				if r.Code == "returns" {
+					at = w.Returns[o.ID]
+				}
+				if c.Opens.IsZero() || at.Before(c.Opens) {
 					c.Opens = at
 				}
 			}
@@ -232,8 +241,19 @@ func choose(offers []repository.Offer, d device, w wishes, now time.Time, fresh 
 	return out
 }
 
+// short is a duration as people write it: "72h", not "72h0m0s".
+func short(d time.Duration) string {
+	s := d.String()
+	for _, end := range []string{"m0s", "h0m"} {
+		if strings.HasSuffix(s, end) {
+			s = s[:len(s)-2]
+		}
+	}
+	return s
+}
+
 // timed are the reasons that end at a time known beforehand.
-var timed = map[string]bool{"not-before": true, "deferred": true}
+var timed = map[string]bool{"not-before": true, "deferred": true, "returns": true}
 
 // highest orders the offers of one product: the highest sequence first.
 func highest(a, b repository.Offer) int {

@@ -400,7 +400,7 @@ var blocks = map[string]bool{"out-of-scope": true, "feature": true, "consistency
 
 func remedyFor(r reason) control.Remedy {
 	switch r.Code {
-	case "not-before", "deferred", "ring", "expired", "fetch":
+	case "not-before", "deferred", "returns", "ring", "expired", "fetch":
 		return control.RemedyWait
 	case "baseline":
 		return control.RemedyBaseline

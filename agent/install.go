@@ -179,6 +179,9 @@ func (a *Agent) storeInstall(c control.Caller, o repository.Offer) (lifted bool,
 				return err
 			}
 		}
+		if err := forgetTakenOut(tx, o.ID); err != nil {
+			return err
+		}
 		if err := tx.PutInstalled(store.Install{ID: o.ID, Product: o.Product, By: c.User, Since: a.o.Now()}); err != nil {
 			return err
 		}

@@ -156,21 +156,27 @@ func (a *Agent) comeIntoForce(ctx context.Context, v View, w wishes, work []Inte
 	for _, product := range slices.Sorted(maps.Keys(products)) {
 		now, o := w.InForce[product], v.Choices[product].Want
 		out := false
+		var why reason
 		if now != "" {
-			_, out = v.Word(now)
+			why, out = v.Word(now)
 		}
 		// Pause and eligibility hold back what is new, not the way back.
 		gated := o != nil && (!v.Eligible || v.Paused.Code != "") && taken[product] <= o.Sequence
 		gated = gated || o != nil && v.Lost.Code != "" && !v.Chosen[o.ID]
+		moved := false
 		switch {
 		case o == nil || gated:
 			if out {
-				changed = a.setInForce(product, nil) || changed
+				moved = a.setInForce(product, nil)
 			}
 		case a.want(ctx, *o) == nil || !a.ready(o.ID) || now == o.ID || unknown[product]:
 		default:
-			changed = a.setInForce(product, o) || changed
+			moved = a.setInForce(product, o)
 		}
+		if moved && out && why.Code == "halted" {
+			a.noteTakenOut(now)
+		}
+		changed = changed || moved
 	}
 	return changed
 }

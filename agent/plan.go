@@ -19,9 +19,10 @@ func (a *Agent) Plan(ctx context.Context, c control.Caller, q control.PlanQuery)
 	var o repository.Offer
 	var cerr *control.Error
 	var refused *control.Error
+	var waits *control.Refusal
 	if err := a.call(ctx, func() {
 		if o, cerr = a.offerFor(q.ID); cerr == nil {
-			refused = a.mayInstall(o)
+			refused, waits = a.mayInstall(o), a.waits(o)
 		}
 	}); err != nil {
 		return nil, err
@@ -34,6 +35,7 @@ func (a *Agent) Plan(ctx context.Context, c control.Caller, q control.PlanQuery)
 		return nil, &control.Error{Code: control.CodeConflict, Text: l.problem.Text}
 	}
 	doc := &control.Plan{Release: o.ID, Sequence: int64(o.Sequence), Product: o.Product, Title: o.Title, Processes: []control.PlannedProcess{}}
+	doc.Waits = waits
 	if refused != nil {
 		doc.Refused = &control.Refusal{Code: string(refused.Code), Text: refused.Text, Hint: refused.Hint}
 	}

@@ -2,7 +2,6 @@ package agent
 
 import (
 	"crypto"
-	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -75,8 +74,8 @@ func (r *rig) trust() error {
 	return os.WriteFile(r.path("root.json"), b, 0o600)
 }
 
-// edit changes the signed custom data of releases, or takes releases out, as
-// the publisher's word on rollouts does, and signs everything anew.
+// edit takes releases out, which no command of the publisher does, and signs
+// everything anew.
 func (r *rig) edit(change func(targets map[string]*metadata.TargetFiles) error) error {
 	dir := filepath.Join(r.path("repo"), "metadata")
 	timestamp, err := metadata.Timestamp().FromFile(filepath.Join(dir, "timestamp.json"))
@@ -148,36 +147,6 @@ func resign[T metadata.Roles](r *rig, m *metadata.Metadata[T], role string) ([]b
 		}
 	}
 	return m.ToBytes(true)
-}
-
-// rollout changes the publisher's word on one release.
-func (r *rig) rollout(id string, change func(*repository.Rollout)) error {
-	return r.edit(func(targets map[string]*metadata.TargetFiles) error {
-		t := targets["releases/"+id+".hotpatch"]
-		if t == nil {
-			return fmt.Errorf("no release %s is published", id)
-		}
-		var custom map[string]json.RawMessage
-		if err := json.Unmarshal(*t.Custom, &custom); err != nil {
-			return err
-		}
-		var word repository.Rollout
-		if err := json.Unmarshal(custom["rollout"], &word); err != nil {
-			return err
-		}
-		change(&word)
-		b, err := json.Marshal(word)
-		if err != nil {
-			return err
-		}
-		custom["rollout"] = b
-		if b, err = json.Marshal(custom); err != nil {
-			return err
-		}
-		raw := json.RawMessage(b)
-		t.Custom = &raw
-		return nil
-	})
 }
 
 // withdraw takes a release out of the repository.

@@ -72,30 +72,37 @@ func (s *script) doRollout(words []string) error {
 	if err != nil {
 		return err
 	}
-	var at *time.Time
-	if v := opts["not-before"]; v != "" {
+	var c repository.RolloutChange
+	if v, ok := opts["percent"]; ok {
+		n, err := strconv.Atoi(v)
+		if err != nil {
+			return err
+		}
+		c.Percent = &n
+	}
+	switch v := opts["not-before"]; v {
+	case "":
+	case "none":
+		c.NotBefore = &time.Time{}
+	default:
 		d, err := time.ParseDuration(v)
 		if err != nil {
 			return err
 		}
-		t := s.now().Add(d).UTC().Truncate(time.Second)
-		at = &t
+		t := s.now().Add(d)
+		c.NotBefore = &t
 	}
-	return s.rollout(arg(words, 0), func(r *repository.Rollout) {
-		if v, ok := opts["percent"]; ok {
-			r.Percent, _ = strconv.Atoi(v)
+	for key, to := range map[string]**bool{"halt": &c.Halt, "undo": &c.Undo} {
+		if v, ok := opts[key]; ok {
+			yes := v == "true"
+			*to = &yes
 		}
-		if at != nil {
-			r.NotBefore = at
-		}
-		if v, ok := opts["halt"]; ok {
-			r.Halt = v == "true"
-		}
-		if v, ok := opts["undo"]; ok {
-			r.Undo = v == "true"
-		}
-		r.Reason = opts["reason"]
-	})
+	}
+	if v, ok := opts["reason"]; ok {
+		c.Reason = &v
+	}
+	_, err = repository.SetRollout(s.path("repo"), s.keys, arg(words, 0), c, repository.PublishOptions{Now: s.now()})
+	return err
 }
 
 // doRepo cuts the device off from its repository, or connects it again.

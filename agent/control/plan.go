@@ -9,6 +9,7 @@ type Plan struct {
 	Title     string           `json:"title"`
 	Coverage  Coverage         `json:"coverage"` // expected after the work
 	Refused   *Refusal         `json:"refused"`  // why install would refuse it as a whole, null if it would not
+	Waits     *Refusal         `json:"waits"`    // why it is not done by itself now, null if it is or if install would refuse it too
 	Processes []PlannedProcess `json:"processes"`
 }
 

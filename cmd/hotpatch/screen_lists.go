@@ -28,16 +28,16 @@ func (s *screen) offers(d *control.Offers) string {
 			word = "halted"
 		case o.Fits:
 			word = "fits"
-		case o.ReasonCode == "manual":
-			word = "manual"
+		case waitWords[o.ReasonCode] != "":
+			word = waitWords[o.ReasonCode]
 		}
-		if o.Fits || o.ReasonCode == "manual" {
+		if o.Fits || waitWords[o.ReasonCode] != "" {
 			fit++
 		}
 		if o.Fits && !o.InForce && !o.Held && next == "" {
 			next = o.ID
 		}
-		if o.ReasonCode == "manual" && next == "" {
+		if (o.ReasonCode == "manual" || o.ReasonCode == "not-approved") && next == "" {
 			next = o.ID // the operator's word is all that it waits for
 		}
 		if o.Held && held == "" {
@@ -73,6 +73,10 @@ func (s *screen) offers(d *control.Offers) string {
 	}
 	return p.String()
 }
+
+// waitWords are for releases that fit this device and wait for somebody's word
+// or for their time.
+var waitWords = map[string]string{"manual": "manual", "not-approved": "unapproved", "deferred": "deferred", "not-before": "dated", "ring": "rollout", "returns": "dated"}
 
 // verify shows whether memory is as recorded.
 func (s *screen) verify(d *control.Verify) string {

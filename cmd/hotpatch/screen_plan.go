@@ -70,6 +70,9 @@ func (p *page) applyWith(d *control.Plan) {
 			p.field("", 0, r.Hint)
 		}
 	case changes(d) > 0:
+		if d.Waits != nil {
+			p.field("", 0, "not by itself now: "+d.Waits.Text)
+		}
 		p.line("Apply with: hotpatch install %s", clean(d.Release))
 	}
 }
