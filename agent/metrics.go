@@ -33,6 +33,20 @@ func (a *Agent) Metrics(context.Context) ([]byte, error) {
 	for _, r := range s.status.Releases {
 		fmt.Fprintf(&b, "hotpatchd_release_sequence{product=%q,release=%q} %d\n", label(r.Product), label(r.ID), r.Sequence)
 	}
+	l := s.status.Latency
+	for _, x := range []struct {
+		name, help string
+		q          control.Quantiles
+	}{
+		{"hotpatchd_start_to_patched_seconds", "Longest that an image of a program that started may have been in memory before it was patched.", l.Quantiles},
+		{"hotpatchd_late_load_to_patched_seconds", "The same of images that were loaded later.", l.Late},
+	} {
+		fmt.Fprintf(&b, "# HELP %s %s\n# TYPE %s summary\n", x.name, x.help, x.name)
+		if x.q.Count > 0 {
+			fmt.Fprintf(&b, "%s{quantile=\"0.5\"} %g\n%s{quantile=\"0.99\"} %g\n", x.name, x.q.P50MS/1000, x.name, x.q.P99MS/1000)
+		}
+		fmt.Fprintf(&b, "%s_sum %g\n%s_count %d\n", x.name, x.q.SumMS/1000, x.name, x.q.Count)
+	}
 	if !s.status.Repository.LastCheck.IsZero() {
 		gauge("hotpatchd_repository_last_check_seconds", "When the repository was last checked with success.")
 		fmt.Fprintf(&b, "hotpatchd_repository_last_check_seconds %d\n", s.status.Repository.LastCheck.Unix())

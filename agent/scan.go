@@ -28,11 +28,77 @@ type procState struct {
 	looked time.Time // when it was last looked into, and
 	dear   time.Time // when again at the earliest, if that took long
 	doubt  bool      // something went wrong in it: what is known of it may not be so any more
+	at     time.Time // when it was last looked into, by a clock that nobody sets
 }
 
 // imageState is what the loop remembers of one image in one life.
 type imageState struct {
 	ImageView
+	clocked
+}
+
+// keepProc remembers a process.
+func (a *Agent) keepProc(p *procState) {
+	id := p.info.ID
+	a.procs[id], a.lives[id.PID] = p, id
+	if len(p.images) > 0 || p.err != nil {
+		a.hosts[id] = p
+	} else {
+		delete(a.hosts, id)
+	}
+}
+
+// dropProc forgets a process.
+func (a *Agent) dropProc(id target.ID) {
+	delete(a.procs, id)
+	delete(a.hosts, id)
+	if a.lives[id.PID] == id {
+		delete(a.lives, id.PID)
+	}
+}
+
+// endLife forgets a process that is over, and its records; true if it was shown.
+func (a *Agent) endLife(id target.ID) bool {
+	_, shown := a.hosts[id]
+	a.dropProc(id)
+	if a.left[id] == nil {
+		for _, r := range a.recordsOfLife(id) {
+			if r.Boot == a.o.Boot || r.Boot == "" {
+				a.forget(r, "the process is over")
+				shown = true
+			}
+		}
+	}
+	return shown
+}
+
+// recordedLives are the processes that have records.
+func (a *Agent) recordedLives() map[target.ID]bool {
+	lives := map[target.ID]bool{}
+	for _, r := range a.allRecords() {
+		lives[r.ID] = true
+	}
+	return lives
+}
+
+// isDue tells whether a process is to be looked into: it is new, or something in it changed.
+func (a *Agent) isDue(info *target.Info) bool {
+	p := a.procs[info.ID]
+	return p == nil || a.left[info.ID] == nil && !a.o.Now().Before(p.dear) &&
+		(p.doubt || p.info.Change != info.Change || p.err != nil && !a.o.Now().Before(p.again))
+}
+
+// lookOrPass looks into a process, or passes it by if there is nothing to be
+// found; true if what is shown of it may have changed.
+func (a *Agent) lookOrPass(ctx context.Context, info target.Info, recorded map[target.ID]bool) bool {
+	_, shown := a.hosts[info.ID]
+	if info.Bare && !shown && !recorded[info.ID] {
+		a.keepProc(&procState{info: info, looked: a.o.Now(), at: time.Now()})
+		return false
+	}
+	a.look(ctx, info)
+	_, shows := a.hosts[info.ID]
+	return shown || shows
 }
 
 // lookAgain is when a process that could not be looked into is tried anew.
@@ -44,7 +110,7 @@ const lookAgain = 30 * time.Second
 func (a *Agent) scan(ctx context.Context) bool {
 	began := time.Now()
 	defer func() { a.scanCost = time.Since(began) }()
-	infos, err := a.list(ctx)
+	infos, err := a.listWith("listing the processes", func() ([]target.Info, error) { return a.o.Backend.List(ctx) })
 	if err != nil {
 		if a.scanErr == nil {
 			a.log.Error("cannot list processes", zap.Error(err))
@@ -61,27 +127,27 @@ func (a *Agent) scan(ctx context.Context) bool {
 	for i := range infos {
 		info := &infos[i]
 		seen[info.ID] = true
-		p := a.procs[info.ID]
-		if p != nil && (a.left[info.ID] != nil || now.Before(p.dear) || !p.doubt && p.info.Change == info.Change && (p.err == nil || now.Before(p.again))) {
-			continue
+		if a.isDue(info) {
+			due = append(due, info)
 		}
-		due = append(due, info)
 	}
 	slices.SortStableFunc(due, func(x, y *target.Info) int { return a.lookedAt(x.ID).Compare(a.lookedAt(y.ID)) })
+	recorded := a.recordedLives()
 	for i, info := range due {
 		if i > 0 && time.Since(began) > scanMost {
 			a.more = true
 			break
 		}
-		changed = true
-		if err := a.look(ctx, *info); errors.Is(err, target.ErrGone) {
+		changed = a.lookOrPass(ctx, *info, recorded) || changed
+		if a.procs[info.ID] == nil { // it is over
 			delete(seen, info.ID)
 		}
 	}
 	for id := range a.procs {
 		if !seen[id] {
-			delete(a.procs, id)
-			changed = true
+			_, shown := a.hosts[id]
+			a.dropProc(id)
+			changed = changed || shown
 		}
 	}
 	for _, r := range a.allRecords() {
@@ -90,8 +156,18 @@ func (a *Agent) scan(ctx context.Context) bool {
 			changed = true
 		}
 	}
+	a.countUnseen()
+	if !a.more || !a.scannedAt.IsZero() { // the first scan is done when all was seen
+		a.scannedAt = now
+	}
+	a.listedAt = began
+	return changed
+}
+
+// countUnseen counts the processes that could not be looked into.
+func (a *Agent) countUnseen() {
 	a.denied, a.unread = 0, 0
-	for _, p := range a.procs {
+	for _, p := range a.hosts {
 		if errors.Is(p.err, target.ErrDenied) && p.info.Image == "" && !neverTouched(p.info) {
 			a.denied++
 		}
@@ -100,10 +176,6 @@ func (a *Agent) scan(ctx context.Context) bool {
 			a.unread++
 		}
 	}
-	if !a.more || !a.scannedAt.IsZero() { // the first scan is done when all was seen
-		a.scannedAt = now
-	}
-	return changed
 }
 
 // lookedAt is when a process was last looked into, the zero time if never.
@@ -126,10 +198,10 @@ type listed struct {
 
 var errListing = fmt.Errorf("listing the processes does not end within %s", listMost)
 
-// list asks for the processes, and waits for no list that does not end. What
+// listWith asks for processes, and waits for no list that does not end. What
 // such a one tells in the end is too old: who is not in it may live.
-func (a *Agent) list(ctx context.Context) ([]target.Info, error) {
-	a.heart.at("listing the processes")
+func (a *Agent) listWith(step string, list func() ([]target.Info, error)) ([]target.Info, error) {
+	a.heart.at(step)
 	t := time.NewTimer(listMost)
 	defer t.Stop()
 	if a.listing != nil {
@@ -142,7 +214,7 @@ func (a *Agent) list(ctx context.Context) ([]target.Info, error) {
 	}
 	ch := make(chan listed, 1)
 	go func() {
-		infos, err := a.o.Backend.List(ctx)
+		infos, err := list()
 		ch <- listed{infos, err}
 	}()
 	select {
@@ -178,7 +250,7 @@ func neverTouched(info target.Info) bool {
 // look opens one process and finds its images.
 func (a *Agent) look(ctx context.Context, info target.Info) error {
 	began := time.Now()
-	p := &procState{info: info, looked: a.o.Now()}
+	p := &procState{info: info, looked: a.o.Now(), at: began}
 	old := a.procs[info.ID]
 	if old != nil {
 		p.used, p.vain, p.rest = old.used, old.vain, old.rest
@@ -188,7 +260,7 @@ func (a *Agent) look(ctx context.Context, info target.Info) error {
 		p.dear = a.o.Now().Add(min(restMost, lookShare*cost))
 	}
 	if errors.Is(err, target.ErrGone) {
-		delete(a.procs, info.ID)
+		a.dropProc(info.ID)
 		return err
 	}
 	if err != nil {
@@ -209,11 +281,13 @@ func (a *Agent) look(ctx context.Context, info target.Info) error {
 	for i := range images {
 		im := &imageState{ImageView: images[i]}
 		if o := known[im.Base]; o != nil && sameHeaders(o.Identity, im.Identity) {
-			im.Tried = o.Tried
+			im.Tried, im.clocked = o.Tried, o.clocked
+		} else {
+			im.clocked = a.clockedFrom(old, info)
 		}
 		p.images = append(p.images, im)
 	}
-	a.procs[info.ID] = p
+	a.keepProc(p)
 	if err == nil {
 		return a.compare(ctx, p)
 	}
@@ -366,4 +440,3 @@ func headers(im *pe.Image) pe.Identity {
 	}
 	return id
 }
-

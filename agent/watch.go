@@ -4,14 +4,10 @@ import (
 	"context"
 	"sync"
 	"time"
-
-	"go.uber.org/zap"
-
-	"hotpatchd/patcher/target"
 )
 
-// watch starts what wakes the loop: the policy file, process starts where the
-// backend tells of them, and the repository's turn. All end with ctx.
+// watch starts what wakes the loop: the policy file, device management, the
+// repository's turn and reports. All end with ctx.
 func (a *Agent) watch(ctx context.Context, wg *sync.WaitGroup) {
 	run := func(fn func()) {
 		wg.Add(1)
@@ -19,29 +15,20 @@ func (a *Agent) watch(ctx context.Context, wg *sync.WaitGroup) {
 	}
 	run(func() { WatchPolicy(ctx, a.o.Config.Policy.File, a.Reload) })
 	run(func() { a.watchManagement(ctx) })
+	if w := a.o.HostEvents; w != nil {
+		run(func() { w(ctx, a.woken) })
+	}
 	polls := a.pollsOf()
 	run(func() { a.checkRegularly(ctx, polls) })
 	if r := a.reporting; r != nil {
 		run(func() { r.reporter.Run(ctx) })
-	}
-	if w, ok := a.o.Backend.(target.Watcher); ok {
-		events, err := w.Watch(ctx)
-		if err != nil {
-			a.log.Warn("no news of process starts; the regular scan finds them", zap.Error(err))
-			return
-		}
-		run(func() {
-			for range events {
-				a.Wake()
-			}
-		})
 	}
 }
 
 // checkRegularly asks the repository now and then. A failure is said by
 // refresh; the next turn comes all the same, sooner after a failure.
 func (a *Agent) checkRegularly(ctx context.Context, p polls) {
-	if a.client == nil || !sleep(ctx, p.first) {
+	if !a.polled() || !sleep(ctx, p.first) {
 		return
 	}
 	const soonest = 5 * time.Second
@@ -55,7 +42,7 @@ func (a *Agent) checkRegularly(ctx context.Context, p polls) {
 		} else {
 			wait = soonest
 		}
-		if !sleep(ctx, d) {
+		if !a.untilCheck(ctx, d) {
 			return
 		}
 	}

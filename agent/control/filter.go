@@ -58,6 +58,7 @@ func strangersStatus(c Caller, d *Status) *Status {
 		Fails:   d.Fails,
 		Scanned: d.Scanned,
 		Unseen:  d.Unseen,
+		Latency: Latency{Quantiles: d.Latency.Quantiles, Late: d.Latency.Late, Watch: d.Latency.Watch, Why: scrub(d.Latency.Why), ScanEveryMS: d.Latency.ScanEveryMS},
 	}
 	if e := d.Repository.Error; e != nil {
 		out.Repository.Error = &RepositoryError{Code: e.Code, Text: scrub(e.Text), Since: e.Since}
