@@ -15,6 +15,8 @@ import (
 
 	"github.com/sigstore/sigstore/pkg/signature"
 	"github.com/theupdateframework/go-tuf/v2/metadata"
+
+	"hotpatchd/agent/private"
 )
 
 // Roles are the four roles of a repository, each with keys of its own. The
@@ -32,9 +34,9 @@ const (
 )
 
 // GenerateKeys makes one ed25519 key for each role in dir: ROLE.pem, PKCS #8,
-// readable by the owner only. If any of them is there already nothing is written.
+// readable by the owner only (package private). If any of them is there already nothing is written.
 func GenerateKeys(dir string) ([]string, error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := private.MakeFolder(dir); err != nil {
 		return nil, fmt.Errorf("cannot make %s: %w", dir, err)
 	}
 	for _, role := range Roles {
@@ -88,7 +90,7 @@ func makeKey(file string) (ed25519.PrivateKey, error) {
 func keyFile(dir, role string) string { return filepath.Join(dir, role+".pem") }
 
 func writeNew(path string, b []byte) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	f, err := private.Create(path)
 	if err != nil {
 		return fmt.Errorf("cannot write %s: %w", path, err)
 	}

@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"hotpatchd/agent/control"
+	"hotpatchd/agent/private"
 )
 
 // defaultEntries is how many entries history shows.
@@ -265,7 +266,7 @@ func (s *session) diagnoseCommand() *cobra.Command {
 				return &control.Error{Code: control.CodeInternal, Text: "the daemon sent an empty file; nothing is written"}
 			}
 			// It tells of all users' processes: for this user only, and never over another file.
-			f, err := os.OpenFile(args[0], os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+			f, err := private.Create(args[0])
 			if err != nil {
 				return plainFileError("write", err)
 			}
