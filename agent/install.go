@@ -10,7 +10,6 @@ import (
 	"strings"
 
 	"hotpatchd/agent/control"
-	"hotpatchd/agent/release"
 	"hotpatchd/agent/repository"
 	"hotpatchd/agent/store"
 )
@@ -77,19 +76,37 @@ func sooner(a, b repository.Offer, w wishes) bool {
 func (a *Agent) Install(ctx context.Context, c control.Caller, r control.InstallRequest, progress func(control.Event)) (*control.Change, error) {
 	progress, over := whileAsked(progress)
 	defer over()
-	verified := ""
-	if r.File != nil {
-		id, err := a.takeFile(ctx, c, r)
-		if err != nil {
-			return nil, err
-		}
-		r.ID, verified = id, "the file is the one that signed metadata names"
+	if r.File == nil {
+		return a.install(ctx, c, r.ID, "signature, hash and freshness verified to the root of trust", progress)
 	}
+	ids, err := a.takeFile(ctx, c, r)
+	if err != nil {
+		return nil, err
+	}
+	var sum *control.Change
+	for _, id := range ids {
+		ch, err := a.install(ctx, c, id, "the file is the one that signed metadata names", progress)
+		switch {
+		case err != nil && sum == nil:
+			return nil, err
+		case err != nil: // what went before is done: that must not look like nothing
+			sum.Text = strings.TrimPrefix(sum.Text+fmt.Sprintf(". %s is not installed: %v", id, err), ". ")
+		case sum == nil:
+			sum = ch
+		default:
+			joined(sum, ch)
+		}
+	}
+	return sum, nil
+}
+
+// install is Install for one release that verified metadata names.
+func (a *Agent) install(ctx context.Context, c control.Caller, id, verified string, progress func(control.Event)) (*control.Change, error) {
 	var o repository.Offer
 	var cerr *control.Error
 	var busy *control.Error
 	err := a.call(ctx, func() {
-		if o, cerr = a.offerFor(r.ID); cerr == nil {
+		if o, cerr = a.offerFor(id); cerr == nil {
 			busy = a.mayInstall(o)
 		}
 	})
@@ -101,9 +118,6 @@ func (a *Agent) Install(ctx context.Context, c control.Caller, r control.Install
 		return nil, &control.Error{Code: control.CodeConflict, Text: l.problem.Text}
 	}
 	ch := &control.Change{Action: "install", Release: o.ID, Sequence: int64(o.Sequence), Product: o.Product, Verified: verified}
-	if verified == "" {
-		ch.Verified = "signature, hash and freshness verified to the root of trust"
-	}
 	err = a.call(ctx, func() {
 		a.keep(l)
 		before := a.shown.Load()
@@ -241,55 +255,3 @@ func changedFor(before, now *snapshot, product string) bool {
 	return sum(before) != sum(now)
 }
 
-// takeFile verifies a release that came as a file: named by the metadata we
-// trust, or by metadata beside it that verifies to our root.
-func (a *Agent) takeFile(ctx context.Context, c control.Caller, r control.InstallRequest) (string, error) {
-	var o repository.Offer
-	err := errors.New("no trusted metadata names it")
-	if a.client != nil {
-		o, err = a.client.VerifyFile(r.File)
-	}
-	own := false
-	if err != nil && len(r.Metadata) > 0 {
-		root, rerr := ReadRoot(a.o.Config.Repository.Root)
-		if rerr != nil {
-			return "", &control.Error{Code: control.CodeConflict, Text: fmt.Sprintf("cannot read the root of trust: %v", rerr)}
-		}
-		var floors repository.Floors
-		if a.client != nil {
-			floors = a.client.Floors()
-		}
-		o, err = repository.VerifyWithMetadata(root, fileMap(r.Metadata), r.File, floors, a.o.Now())
-		own = true
-	}
-	if err != nil {
-		e := &control.Error{Code: control.CodeConflict, Text: "the file is refused: " + err.Error(), Hint: "put the repository's metadata folder beside the file, or run hotpatch check first"}
-		var re *repository.Error
-		if errors.As(err, &re) {
-			e.Text = "the file is refused: " + re.Text
-		}
-		return "", e
-	}
-	if _, err := release.Open(r.File); err != nil {
-		return "", &control.Error{Code: control.CodeConflict, Text: "the file is refused: " + err.Error()}
-	}
-	if err := a.keepLocal(o.ID, r.File); err != nil {
-		return "", control.Errorf(control.CodeInternal, "the release cannot be stored: %v", err)
-	}
-	var serr error
-	err = a.call(ctx, func() {
-		a.verified = true
-		if !own {
-			return
-		}
-		local := map[string]repository.Offer{}
-		for k, v := range a.local {
-			local[k] = v
-		}
-		local[o.ID] = o
-		if serr = a.update(func(tx *store.Tx) error { return setting(tx, settingLocal, local) }); serr == nil {
-			a.local = local
-		}
-	})
-	return o.ID, errors.Join(err, serr)
-}

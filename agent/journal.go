@@ -19,9 +19,10 @@ import (
 
 // Keys of single settings in the store.
 const (
-	settingLocal   = "releases/local"    // JSON: id → Offer, of releases that came as files
-	settingFloors  = "repository/floors" // JSON: repository.Floors
-	settingInForce = "releases/in-force" // JSON: product → inForce
+	settingLocal   = "releases/local"     // JSON: id → Offer, of releases that came as files
+	settingFloors  = "repository/floors"  // JSON: repository.Floors
+	settingContact = "repository/contact" // JSON: contact
+	settingInForce = "releases/in-force"  // JSON: product → inForce
 )
 
 // inForce is the release of one product that this device has come to.

@@ -41,6 +41,7 @@ const retryLoadAfter = time.Minute
 // openRepository makes the client and takes what was verified before, so that
 // a start without network knows what is in force.
 func (a *Agent) openRepository() {
+	a.openOutside()
 	c := a.o.Config.Repository
 	root, err := ReadRoot(c.Root)
 	if err != nil && c.URL != "" {
@@ -48,9 +49,6 @@ func (a *Agent) openRepository() {
 	}
 	if err != nil {
 		return
-	}
-	if c.URL == "" {
-		return // releases come as files, verified to the root by their own metadata
 	}
 	var floors repository.Floors
 	a.store.View(func(tx *store.Tx) error {
@@ -71,6 +69,23 @@ func (a *Agent) openRepository() {
 	if cat, err := a.client.Cached(); err == nil {
 		a.take(cat)
 	}
+}
+
+// succeeded takes what a check brought. A clock that cannot be right is said
+// although everything verified by it.
+func (a *Agent) succeeded(cat *repository.Catalog) {
+	switch {
+	case cat.Doubt != nil:
+		now := a.repositoryError(cat.Doubt)
+		if a.fail(now) {
+			a.log.Warn("the clock cannot be right", zap.String("text", now.Text))
+			a.history(own, control.HistoryEntry{Action: "clock", Text: now.Text})
+		}
+	case a.repoErr != nil:
+		a.log.Info("repository check succeeded again")
+		a.repoErr = nil
+	}
+	a.take(cat)
 }
 
 // take makes a verified catalog the one in use.
@@ -96,7 +111,7 @@ func (a *Agent) repositoryError(err error) *control.RepositoryError {
 // refresh asks the repository. It runs outside the loop: servers may be slow.
 // What it finds is handed to the loop, success or not.
 func (a *Agent) refresh(ctx context.Context) error {
-	if a.client == nil {
+	if !a.polled() {
 		return control.Errorf(control.CodeUnavailable, "no repository is configured, or its root of trust cannot be read")
 	}
 	a.checkMu.Lock()
@@ -104,27 +119,20 @@ func (a *Agent) refresh(ctx context.Context) error {
 	floors := a.client.Floors()
 	a.checkMu.Unlock()
 	cerr := a.call(ctx, func() {
-		if serr := a.update(func(tx *store.Tx) error { return setting(tx, settingFloors, floors) }); serr != nil {
+		if serr := a.asked(floors, err != nil); serr != nil {
 			a.log.Error("cannot keep the repository's versions", zap.Error(serr))
 		}
 		a.dirty = true
 		if err != nil {
 			now := a.repositoryError(err)
-			if a.repoErr == nil || a.repoErr.Code != now.Code {
+			if a.fail(now) {
 				a.log.Warn("repository check failed", zap.String("code", now.Code), zap.Error(err))
 				a.history(own, control.HistoryEntry{Action: "check-failed", Text: now.Text})
-				a.repoErr = now
-			} else {
-				now.Since = a.repoErr.Since
-				a.repoErr = now
 			}
 			a.hub.send(control.Event{Type: control.EventRepository, Text: "repository: " + now.Text, Scope: control.Scope{Public: true}})
 		} else {
-			if a.repoErr != nil {
-				a.log.Info("repository check succeeded again")
-			}
-			a.repoErr, a.checkedAt = nil, a.o.Now()
-			a.take(cat)
+			a.checkedAt = a.o.Now()
+			a.succeeded(cat)
 		}
 		a.Wake()
 	})

@@ -12,7 +12,7 @@ import (
 
 // Config is what a client needs to know.
 type Config struct {
-	URL         string // file://, http:// or https://: the folder that holds metadata/ and targets/
+	URL         string // file://, http:// or https://: the folder that holds metadata/ and targets/; "": none, all comes by Import
 	Dir         string // the cache; of this client alone
 	InitialRoot []byte // root.json as it came with the config
 	Proxy       string // address of a proxy, "" for none

@@ -48,9 +48,13 @@ type transport struct {
 	limits limits
 	now    func() time.Time
 	time   serverTime
+	none   bool // there is no address: everything comes as files
 }
 
 func newTransport(cfg *Config, limits limits) (*transport, error) {
+	if cfg.URL == "" {
+		return &transport{base: &url.URL{}, limits: limits, now: cfg.Now, none: true}, nil
+	}
 	base, err := url.Parse(cfg.URL)
 	if err != nil {
 		return nil, fail(CodeConfig, err, "url %q is not an address", cfg.URL)
@@ -220,6 +224,10 @@ func tooLarge(name string, limit int64) *Error {
 
 // open returns the body of rel from byte began on.
 func (t *transport) open(ctx context.Context, rel string, offset, limit int64) (body io.ReadCloser, began int64, err error) {
+	if t.none {
+		return nil, 0, fail(CodeConfig, nil, "no repository is configured that has %s", path.Base(rel)).
+			hint("hotpatch install FILE, with an export that holds it; or set [repository] url")
+	}
 	if t.client == nil {
 		return t.openFile(rel, offset, limit)
 	}
@@ -287,6 +295,9 @@ func (t *transport) openFile(rel string, offset, limit int64) (io.ReadCloser, in
 	file := folder(t.base) + "/" + rel
 	f, info, err := openRegular(file)
 	switch {
+	case errors.Is(err, os.ErrNotExist) && !isFolder(folder(t.base)):
+		return nil, 0, fail(CodeOffline, err, "there is no folder %s", folder(t.base)).
+			hint("if the repository is on a stick or a share, connect it; else compare [repository] url; %s", hintStays)
 	case errors.Is(err, os.ErrNotExist):
 		return nil, 0, t.missing(name, "the folder has no such file")
 	case err != nil:
@@ -300,6 +311,11 @@ func (t *transport) openFile(rel string, offset, limit int64) (io.ReadCloser, in
 		return nil, 0, fail(CodeUnreachable, err, "cannot read %s", file)
 	}
 	return f, offset, nil
+}
+
+func isFolder(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.IsDir()
 }
 
 // folder is the path of a file: address, with the drive of Windows in front.

@@ -187,7 +187,10 @@ func TestUnreachable(t *testing.T) {
 		refused(t, f.client(s.URL), want)
 	}
 	empty := filepath.Join(t.TempDir(), "none")
-	if e := refused(t, f.client(folderURL(empty)), CodeNotFound); !strings.Contains(e.Hint, "metadata/") {
+	if e := refused(t, f.client(folderURL(empty)), CodeOffline); !strings.Contains(e.Hint, "on a stick") {
+		t.Errorf("%+v", e)
+	}
+	if e := refused(t, f.client(folderURL(t.TempDir())), CodeNotFound); !strings.Contains(e.Hint, "metadata/") {
 		t.Errorf("%+v", e)
 	}
 }
@@ -313,7 +316,7 @@ func TestBadSettings(t *testing.T) {
 	missing := filepath.Join(t.TempDir(), "none.pem")
 	for name, cfg := range map[string]Config{
 		"scheme": {URL: "ftp://example.com/"}, "no host": {URL: "https:///x"}, "host of a folder": {URL: "file://server/x"},
-		"not an address": {URL: "http://[::1"}, "empty": {}, "proxy": {URL: "http://example.com", Proxy: "nowhere"},
+		"not an address": {URL: "http://[::1"}, "proxy": {URL: "http://example.com", Proxy: "nowhere"},
 		"ca_file": {URL: "https://example.com", CAFile: missing}, "client_cert": {URL: "https://example.com", ClientCert: missing},
 		"root": {URL: "http://example.com", InitialRoot: []byte("{}")},
 	} {

@@ -1,0 +1,87 @@
+package agent
+
+import (
+	"encoding/json"
+	"time"
+
+	"hotpatchd/agent/control"
+	"hotpatchd/agent/repository"
+	"hotpatchd/agent/store"
+)
+
+// alarmAfter is how long a device may be away from its repository before that
+// is called wrong: a weekend and a day. Until then status tells it, and nothing
+// else does.
+const alarmAfter = 3 * 24 * time.Hour
+
+// outside is the way to the repository.
+type outside struct {
+	contact contact
+	soon    chan struct{} // something woke this machine: ask soon
+	woken   time.Time     // of the last check that came of it; checkRegularly's own
+}
+
+// contact is what is kept over restarts: a device that is switched off each
+// evening is away as long as another.
+type contact struct {
+	Checked time.Time `json:"checked"` // last check that succeeded, zero if none ever did
+	Tried   time.Time `json:"tried"`   // first check that failed, where none ever succeeded
+}
+
+// openOutside takes what is known of former lives.
+func (a *Agent) openOutside() {
+	a.outside.soon = make(chan struct{}, 1)
+	a.store.View(func(tx *store.Tx) error {
+		if b, ok := tx.Get(settingContact); ok {
+			return json.Unmarshal(b, &a.outside.contact)
+		}
+		return nil
+	})
+	a.checkedAt = a.outside.contact.Checked
+}
+
+// asked notes how a check ended. It belongs to the loop.
+func (a *Agent) asked(floors repository.Floors, failed bool) error {
+	c := a.outside.contact
+	switch now := a.o.Now(); {
+	case !failed:
+		c = contact{Checked: now}
+	case c == contact{}:
+		c.Tried = now
+	}
+	a.outside.contact = c
+	return a.update(func(tx *store.Tx) error {
+		if err := setting(tx, settingFloors, floors); err != nil {
+			return err
+		}
+		return setting(tx, settingContact, c)
+	})
+}
+
+// astray tells whether what is wrong with the repository is to alarm somebody.
+func (a *Agent) astray(now time.Time) bool {
+	switch {
+	case a.repoErr == nil:
+		return false
+	case !repository.Passing(a.repoErr.Code):
+		return true
+	}
+	c := a.outside.contact
+	last := c.Checked
+	if last.IsZero() {
+		last = c.Tried
+	}
+	return !last.IsZero() && now.Sub(last) >= alarmAfter
+}
+
+// polled tells whether there is a repository to be asked.
+func (a *Agent) polled() bool { return a.client != nil && a.o.Config.Repository.URL != "" }
+
+// fail notes why a check failed; the same trouble stands since it began.
+func (a *Agent) fail(e *control.RepositoryError) (news bool) {
+	if news = a.repoErr == nil || a.repoErr.Code != e.Code; !news {
+		e.Since = a.repoErr.Since
+	}
+	a.repoErr = e
+	return news
+}
