@@ -41,6 +41,9 @@ func TestChoose(t *testing.T) {
 		return func(o *repository.Offer) { o.Rollout.Halt, o.Rollout.Undo = true, undo }
 	}
 	later := noon.Add(time.Hour)
+	published := func(ago time.Duration) func(*repository.Offer) {
+		return func(o *repository.Offer) { o.Published = noon.Add(-ago) }
+	}
 	for _, c := range []struct {
 		name   string
 		offers []repository.Offer
@@ -63,6 +66,25 @@ func TestChoose(t *testing.T) {
 		{"off its ring, installed", []repository.Offer{offer("R1", 1, func(o *repository.Offer) { o.Rollout.Percent = 0 })},
 			func(w *wishes) { w.Installed["R1"] = true }, false, "R1", "", ""},
 		{"not yet", []repository.Offer{offer("R1", 1, func(o *repository.Offer) { o.Rollout.NotBefore = &later })}, nil, false, "", "not-before", ""},
+		{"approved", []repository.Offer{offer("R1", 1), offer("R2", 2)}, func(w *wishes) { w.Mode = Approved; w.Approve = []string{"R1"} }, false, "R1", "not-approved", ""},
+		{"a cumulative one approved, one below it not", []repository.Offer{offer("R1", 1), offer("R2", 2), offer("R3", 3)},
+			func(w *wishes) { w.Mode = Approved; w.Approve = []string{"R3"} }, false, "R3", "", ""},
+		{"an approval is no exception to a deferral", []repository.Offer{offer("R1", 1, published(time.Hour))},
+			func(w *wishes) { w.Mode, w.Approve, w.Defer = Approved, []string{"R1"}, 2*time.Hour }, false, "", "deferred", ""},
+		{"approved no more, in force", []repository.Offer{offer("R1", 1)}, func(w *wishes) { w.Mode = Approved; w.InForce["app"] = "R1" }, false, "R1", "", ""},
+		{"not approved, installed", []repository.Offer{offer("R1", 1)}, func(w *wishes) { w.Mode = Approved; w.Installed["R1"] = true }, false, "R1", "", ""},
+		{"approved, and held", []repository.Offer{offer("R1", 1)},
+			func(w *wishes) { w.Mode = Approved; w.Approve = []string{"R1"}; w.Hold = holds("R1") }, false, "", "held", "R1"},
+		{"approved, and halted", []repository.Offer{offer("R1", 1, halt(false))}, func(w *wishes) { w.Mode = Approved; w.Approve = []string{"R1"} }, false, "", "halted", ""},
+		{"installed, and halted", []repository.Offer{offer("R1", 1, halt(false))}, func(w *wishes) { w.Installed["R1"] = true }, false, "", "halted", ""},
+		{"deferred", []repository.Offer{offer("R1", 1, published(30*time.Hour)), offer("R2", 2, published(23*time.Hour))},
+			func(w *wishes) { w.Defer = 24 * time.Hour }, false, "R1", "deferred", ""},
+		{"deferred, installed", []repository.Offer{offer("R1", 1, published(time.Hour))}, func(w *wishes) { w.Defer = 24 * time.Hour; w.Installed["R1"] = true }, false, "R1", "", ""},
+		{"deferred, in force", []repository.Offer{offer("R1", 1, published(time.Hour))}, func(w *wishes) { w.Defer = 24 * time.Hour; w.InForce["app"] = "R1" }, false, "R1", "", ""},
+		{"deferral is over at its very end", []repository.Offer{offer("R1", 1, published(24*time.Hour))}, func(w *wishes) { w.Defer = 24 * time.Hour }, false, "R1", "", ""},
+		{"the rollout comes before dates that would promise too much", []repository.Offer{offer("R1", 1, published(time.Hour), func(o *repository.Offer) { o.Rollout.Percent = 50 })},
+			func(w *wishes) { w.Defer = 24 * time.Hour }, false, "", "ring", ""},
+		{"back too often", []repository.Offer{offer("R1", 1), offer("R2", 2)}, func(w *wishes) { w.Returns = map[string]time.Time{"R2": later} }, false, "R1", "returns", ""},
 		{"metadata ended", []repository.Offer{offer("R1", 1)}, nil, true, "", "expired", ""},
 		{"metadata ended, in force", []repository.Offer{offer("R1", 1), offer("R2", 2)}, func(w *wishes) { w.InForce["app"] = "R1" }, true, "R1", "expired", ""},
 		{"metadata ended, installed", []repository.Offer{offer("R1", 1)}, func(w *wishes) { w.Installed["R1"] = true }, true, "", "expired", ""},
@@ -259,4 +281,64 @@ func TestInstallable(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestOpens: the loop is told when time alone lets something in, the first of
+// several, and wakes then although its scan is far away.
+func TestOpens(t *testing.T) {
+	at := func(d time.Duration) *time.Time { v := noon.Add(d); return &v }
+	dated := func(id string, sequence uint32, change func(*repository.Offer)) repository.Offer {
+		return offer(id, sequence, func(o *repository.Offer) { o.Published = noon.Add(-time.Hour); change(o) })
+	}
+	plain := func(*repository.Offer) {}
+	for name, c := range map[string]struct {
+		offers []repository.Offer
+		change func(*wishes)
+		want   time.Duration // after noon; 0: nothing waits for time
+	}{
+		"nothing waits":           {[]repository.Offer{dated("R1", 1, plain)}, func(*wishes) {}, 0},
+		"a date":                  {[]repository.Offer{dated("R1", 1, func(o *repository.Offer) { o.Rollout.NotBefore = at(time.Hour) })}, func(*wishes) {}, time.Hour},
+		"a deferral":              {[]repository.Offer{dated("R1", 1, plain)}, func(w *wishes) { w.Defer = 3 * time.Hour }, 2 * time.Hour},
+		"the later of both":       {[]repository.Offer{dated("R1", 1, func(o *repository.Offer) { o.Rollout.NotBefore = at(time.Hour) })}, func(w *wishes) { w.Defer = 3 * time.Hour }, 2 * time.Hour},
+		"the first of several":    {[]repository.Offer{dated("R1", 1, plain), dated("R3", 3, func(o *repository.Offer) { o.Rollout.NotBefore = at(9 * time.Hour) })}, func(w *wishes) { w.Defer = 3 * time.Hour }, 2 * time.Hour},
+		"not below what is in":    {[]repository.Offer{dated("R1", 1, func(o *repository.Offer) { o.Rollout.NotBefore = at(time.Hour) }), dated("R2", 2, plain)}, func(w *wishes) { w.InForce["app"] = "R2" }, 0},
+		"a list has no time":      {[]repository.Offer{dated("R1", 1, plain)}, func(w *wishes) { w.Mode = Approved }, 0},
+		"a rollout has no time":   {[]repository.Offer{dated("R1", 1, func(o *repository.Offer) { o.Rollout.Percent = 0; o.Rollout.NotBefore = at(time.Hour) })}, func(*wishes) {}, 0},
+		"coming back":             {[]repository.Offer{dated("R1", 1, plain)}, func(w *wishes) { w.Returns = map[string]time.Time{"R1": noon.Add(time.Minute)} }, time.Minute},
+		"a rollback is no matter": {[]repository.Offer{dated("R1", 1, plain)}, func(w *wishes) { w.Defer = 3 * time.Hour; w.Floors["sequence/app/"] = 5 }, 0},
+	} {
+		w := noWishes()
+		c.change(&w)
+		got := choose(c.offers, device{OS: "linux", Arch: "amd64", Place: 50}, w, noon, true)
+		want := time.Time{}
+		if c.want != 0 {
+			want = noon.Add(c.want)
+		}
+		if !got["app"].Opens.Equal(want) {
+			t.Errorf("%s: opens %v, want %v", name, got["app"].Opens, want)
+		}
+		if again := (&Agent{}).nextAgain(View{Choices: got}, nil); !again.Equal(want) {
+			t.Errorf("%s: the loop wakes %v, want %v", name, again, want)
+		}
+	}
+}
+
+func TestTakenOutReturns(t *testing.T) {
+	for times, want := range []time.Duration{0, 0, time.Hour, 2 * time.Hour, 4 * time.Hour, 8 * time.Hour, 16 * time.Hour, 24 * time.Hour, 24 * time.Hour} {
+		at := takenOut{Times: times, Last: noon}.returns()
+		if want == 0 && !at.IsZero() || want != 0 && !at.Equal(noon.Add(want)) {
+			t.Errorf("%d times: %v", times, at)
+		}
+	}
+	if at := (takenOut{Times: 1 << 40, Last: noon}).returns(); !at.Equal(noon.Add(returnMost)) {
+		t.Errorf("very often: %v", at)
+	}
+}
+
+func TestShort(t *testing.T) {
+	for d, want := range map[time.Duration]string{72 * time.Hour: "72h", 90 * time.Minute: "1h30m", 30 * time.Second: "30s", 100 * time.Second: "1m40s", time.Minute: "1m", 10 * time.Hour: "10h"} {
+		if got := short(d); got != want {
+			t.Errorf("%v: %q", d, got)
+		}
+	}
 }

@@ -12,6 +12,7 @@ import (
 
 	"pgregory.net/rapid"
 
+	"hotpatchd/agent/repository"
 	"hotpatchd/eligibility"
 )
 
@@ -448,4 +449,32 @@ func TestWatchPolicyEnds(t *testing.T) {
 		t.Error("called although nothing happened")
 	case <-time.After(200 * time.Millisecond):
 	} // the cleanup waits for the end
+}
+
+// TestGrace: a release leaves the hours behind when its own grace ends, not
+// another one's, and what is told is the first moment at which work may begin.
+func TestGrace(t *testing.T) {
+	in := Intent{Product: "app", Offer: &repository.Offer{ID: "R1"}}
+	open := noon.Add(10 * time.Hour)
+	for name, c := range map[string]struct {
+		grace map[string]grace
+		over  bool
+		again time.Time
+		says  string
+	}{
+		"never":           {nil, false, open, "which begin 2026-11-22T22:00:00Z"},
+		"over":            {map[string]grace{"app": {"R1", noon}}, true, noon, ""},
+		"not yet":         {map[string]grace{"app": {"R1", noon.Add(time.Second)}}, false, noon.Add(time.Second), "its grace ends 2026-11-22T12:00:01Z"},
+		"after the hours": {map[string]grace{"app": {"R1", open.Add(1)}}, false, open, "which begin"},
+		"another release": {map[string]grace{"app": {"R0", noon}}, false, open, "which begin"},
+		"another product": {map[string]grace{"demo": {"R1", noon}}, false, open, "which begin"},
+	} {
+		v := View{Now: noon, Closed: true, Opens: open, Grace: c.grace}
+		if v.graceOver(in) != c.over {
+			t.Errorf("%s: over %t", name, !c.over)
+		}
+		if out := v.outsideHours(in); !c.over && (!out.Again.Equal(c.again) || !strings.Contains(out.Reason.Text, c.says)) {
+			t.Errorf("%s: again %v, %q", name, out.Again, out.Reason.Text)
+		}
+	}
 }
