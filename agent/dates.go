@@ -158,18 +158,20 @@ func product(name string, line []repository.Offer, shown control.Offers, st cont
 			continue
 		}
 		mine = append(mine, o)
-		switch {
-		case x.InForce:
-			p.InForce, d.ID = o.ID, o.ID
-		case o.ID == st.Baseline.ID && p.InForce == "":
-			d.ID = o.ID
+		if x.InForce {
+			d.ID = o.ID // the newest: a hotpatch is in force besides the baseline it builds on
+			if o.Kind == release.KindBaseline {
+				p.Baseline = o.ID
+			} else {
+				p.InForce = o.ID
+			}
 		}
 	}
 	track := calendar.NewTrack(name, updatesOf(mine))
 	got := calendar.Offered(track, d, now)
 	p.OnTrack, p.Kind, p.Offered, p.Restart = got.OnTrack, string(got.Kind), got.Update.ID, got.Restart
 	p.Code, p.Text, p.Until = string(got.Code), got.Text, control.At(got.Until)
-	if x := shownOffer(shown, p.Offered); p.Offered != "" && !x.Fits {
+	if x := shownOffer(shown, p.Offered); p.Offered != "" {
 		p.ReasonCode, p.Reason = x.ReasonCode, x.Reason
 	}
 	p.Next = control.Next{Hotpatch: control.At(track.Next(calendar.Hotpatch, now)), Baseline: control.At(track.Next(calendar.Baseline, now))}

@@ -48,7 +48,7 @@ func TestDatesOfAProduct(t *testing.T) {
 	later, hour := extra, calendarNoon.Add(time.Hour)
 	later.Rollout.NotBefore = &hour
 	eligible := control.Status{Eligible: true}
-	atBase := control.Status{Eligible: true, Baseline: control.Baseline{ID: "A-10"}}
+	atBase := map[string]func(*control.Offer){"A-10": nowInForce}
 	for name, c := range map[string]struct {
 		offers []repository.Offer
 		edit   map[string]func(*control.Offer)
@@ -57,20 +57,21 @@ func TestDatesOfAProduct(t *testing.T) {
 		want   string // kind, offered, code, reason code
 	}{
 		"nothing of it":      {all, nil, eligible, calendarNoon, "baseline A-10 baseline "},
-		"at the baseline":    {all, nil, atBase, calendarNoon, "hotpatch A-11b hotpatch "},
-		"one behind":         {all, map[string]func(*control.Offer){"A-11": nowInForce}, atBase, calendarNoon, "hotpatch A-11b hotpatch "},
-		"current":            {all, map[string]func(*control.Offer){"A-11b": nowInForce}, atBase, calendarNoon, "nothing  current "},
-		"halted":             {[]repository.Offer{base, nov, halt}, map[string]func(*control.Offer){"A-11": nowInForce}, atBase, calendarNoon, "nothing  current "},
-		"halted, in force":   {[]repository.Offer{base, nov, halt}, map[string]func(*control.Offer){"A-11b": nowInForce}, atBase, calendarNoon, "nothing  current "},
-		"announced":          {[]repository.Offer{base, nov, later}, nil, atBase, calendarNoon, "hotpatch A-11 hotpatch "},
-		"its hour":           {[]repository.Offer{base, nov, later}, nil, atBase, hour, "hotpatch A-11b hotpatch "},
-		"held":               {all, map[string]func(*control.Offer){"A-11": nowInForce, "A-11b": func(x *control.Offer) { x.Fits, x.Held, x.ReasonCode = false, true, "held" }}, atBase, calendarNoon, "hotpatch A-11b hotpatch held"},
-		"other processor":    {all, map[string]func(*control.Offer){"A-11b": func(x *control.Offer) { x.Fits, x.ReasonCode = false, "arch" }}, atBase, calendarNoon, "hotpatch A-11 hotpatch "},
+		"at the baseline":    {all, atBase, eligible, calendarNoon, "hotpatch A-11b hotpatch "},
+		"one behind":         {all, map[string]func(*control.Offer){"A-11": nowInForce}, eligible, calendarNoon, "hotpatch A-11b hotpatch "},
+		"current":            {all, map[string]func(*control.Offer){"A-11b": nowInForce}, eligible, calendarNoon, "nothing  current "},
+		"halted":             {[]repository.Offer{base, nov, halt}, map[string]func(*control.Offer){"A-11": nowInForce}, eligible, calendarNoon, "nothing  current "},
+		"halted, in force":   {[]repository.Offer{base, nov, halt}, map[string]func(*control.Offer){"A-11b": nowInForce}, eligible, calendarNoon, "nothing  current "},
+		"announced":          {[]repository.Offer{base, nov, later}, atBase, eligible, calendarNoon, "hotpatch A-11 hotpatch "},
+		"its hour":           {[]repository.Offer{base, nov, later}, atBase, eligible, hour, "hotpatch A-11b hotpatch "},
+		"held":               {all, map[string]func(*control.Offer){"A-10": nowInForce, "A-11": nowInForce, "A-11b": func(x *control.Offer) { x.Fits, x.Held, x.ReasonCode = false, true, "held" }}, eligible, calendarNoon, "hotpatch A-11b hotpatch held"},
+		"other processor":    {all, map[string]func(*control.Offer){"A-10": nowInForce, "A-11b": func(x *control.Offer) { x.Fits, x.ReasonCode = false, "arch" }}, eligible, calendarNoon, "hotpatch A-11 hotpatch "},
 		"not eligible":       {all, nil, control.Status{}, calendarNoon, "baseline A-10 not-enrolled "},
-		"the next baseline":  {append(all, jan), map[string]func(*control.Offer){"A-11b": nowInForce}, atBase, jan.Published, "baseline A-01 baseline "},
-		"a second before it": {append(all, jan), map[string]func(*control.Offer){"A-11b": nowInForce}, atBase, jan.Published.Add(-time.Second), "nothing  current "},
+		"the next baseline":  {append(all, jan), map[string]func(*control.Offer){"A-11b": nowInForce}, eligible, jan.Published, "baseline A-01 baseline "},
+		"a second before it": {append(all, jan), map[string]func(*control.Offer){"A-11b": nowInForce}, eligible, jan.Published.Add(-time.Second), "nothing  current "},
 		"no baseline needed": {[]repository.Offer{dated("F-11", "hotpatch", "2026-11", "", 1)}, nil, eligible, calendarNoon, "hotpatch F-11 hotpatch "},
-		"baseline elsewhere": {[]repository.Offer{nov}, nil, eligible, calendarNoon, "nothing  level "},
+		"baseline elsewhere": {[]repository.Offer{nov}, nil, eligible, calendarNoon, "nothing  baseline "},
+		"staged":             {all, map[string]func(*control.Offer){"A-10": func(x *control.Offer) { x.ReasonCode = "staged" }}, eligible, calendarNoon, "baseline A-10 baseline staged"},
 	} {
 		d := dates(c.offers, listing(c.offers, c.edit), c.st, c.now)
 		if len(d.Products) != 1 {

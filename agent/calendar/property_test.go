@@ -264,7 +264,7 @@ func TestVendorsTrack(t *testing.T) {
 		{free, "F-1", on("2026-12", 0), Nothing, "", CodeCurrent},
 		{free, "F-1", on("2026-12", 3), Hotpatch, "F-2", CodeHotpatch},
 		{free, "F-2", on("2027-12", 3), Nothing, "", CodeCurrent},
-		{elsewhere, "", on("2026-12", 0), Nothing, "", CodeLevel},
+		{elsewhere, "", on("2026-12", 0), Nothing, "", CodeBaseline},
 	} {
 		got := Offered(c.track, Device{ID: c.has, Enrolled: true}, c.at)
 		if got.Kind != c.kind || got.Update.ID != c.id || got.Code != c.code {

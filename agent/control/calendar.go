@@ -45,15 +45,16 @@ type CalendarRelease struct {
 
 // CalendarProduct is what one product brings this device by the rules of the calendar.
 type CalendarProduct struct {
-	Product string `json:"product"`
-	InForce string `json:"in_force"` // id, "" if nothing is
-	OnTrack bool   `json:"on_track"` // its hotpatches are for this device
-	Offered string `json:"offered"`  // id, "" if nothing is
-	Kind    string `json:"kind"`     // of what is offered: hotpatch, baseline or nothing
-	Restart bool   `json:"restart"`  // it takes one
-	Code    string `json:"code"`
-	Text    string `json:"text"`
-	Until   Time   `json:"until"` // off the track: the planned baseline that ends it; null if not known
+	Product  string `json:"product"`
+	InForce  string `json:"in_force"` // id of the hotpatch, "" if none is
+	Baseline string `json:"baseline"` // id of the one that took effect on this device, "" if none did
+	OnTrack  bool   `json:"on_track"` // its hotpatches are for this device
+	Offered  string `json:"offered"`  // id, "" if nothing is
+	Kind     string `json:"kind"`     // of what is offered: hotpatch, baseline or nothing
+	Restart  bool   `json:"restart"`  // it takes one
+	Code     string `json:"code"`
+	Text     string `json:"text"`
+	Until    Time   `json:"until"` // off the track: the planned baseline that ends it; null if not known
 	// Why what is offered does not come into force now, "" if it does.
 	ReasonCode string `json:"reason_code"`
 	Reason     string `json:"reason"`
@@ -84,7 +85,7 @@ func strangersCalendar(d *Calendar) *Calendar {
 		out.Months = append(out.Months, row)
 	}
 	for _, p := range d.Products {
-		out.Products = append(out.Products, CalendarProduct{Product: p.Product, InForce: p.InForce, OnTrack: p.OnTrack,
+		out.Products = append(out.Products, CalendarProduct{Product: p.Product, InForce: p.InForce, Baseline: p.Baseline, OnTrack: p.OnTrack,
 			Offered: p.Offered, Kind: p.Kind, Restart: p.Restart, Code: p.Code, Text: scrub(p.Text), Until: p.Until,
 			ReasonCode: p.ReasonCode, Reason: strangersReason(p.ReasonCode, p.Reason), Next: copyNext(p.Next)})
 	}

@@ -36,8 +36,10 @@ func calendarDoc() *control.Calendar {
 			month("2027-03", "hotpatch", on(2027, 3, 9)),
 		},
 		Products: []control.CalendarProduct{
-			{Product: "acme-server", InForce: "ACME-2026-11b", OnTrack: true, Kind: "nothing", Code: "current",
+			{Product: "acme-server", InForce: "ACME-2026-11b", Baseline: "ACME-2026-10", OnTrack: true, Kind: "nothing", Code: "current",
 				Text: "this device has ACME-2026-11b, the out-of-band hotpatch of 2026-11, and nothing newer is out for it"},
+			{Product: "late", InForce: "LATE-2026-11", Baseline: "LATE-2026-10", Kind: "nothing", Code: "off-track", Until: on(2027, 1, 12),
+				Text: "this device has LATE-X, the out-of-band baseline of 2026-11, on which no hotpatch builds, and gets none before the next baseline; it has the newest"},
 			{Product: "other", Kind: "baseline", Offered: "OTHER-10", Restart: true, Code: "baseline", ReasonCode: "held", Reason: "held by alice",
 				Text: "OTHER-10, the baseline of 2026-10, with a restart: this device gets no hotpatches without it"},
 		},

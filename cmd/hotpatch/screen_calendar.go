@@ -77,7 +77,7 @@ func (s *screen) today(d *control.Calendar) string {
 	}
 	switch n := len(m.Releases); {
 	case n > 0:
-		text += fmt.Sprintf(" %s of it %s out.", many(n, "release"), verb(n, "is", "are"))
+		text += fmt.Sprintf(" %s for it %s out.", many(n, "release"), verb(n, "is", "are"))
 	case m.Planned.After(d.Generated.Time):
 		text += fmt.Sprintf(" Its day is %s, %s.", s.day(m.Planned, d.Generated), s.ahead(m.Planned, d.Generated))
 	default:
@@ -127,14 +127,13 @@ func (s *screen) dayNumber(t control.Time) int {
 
 // product is what the calendar brings this device of one product.
 func (s *screen) product(p *page, x control.CalendarProduct, now control.Time) {
-	text := "nothing is in force"
-	if x.InForce != "" {
-		text = x.InForce + " is in force"
+	text := x.Product + ": nothing is in force. "
+	if at := strings.Join(slices.DeleteFunc([]string{x.InForce, x.Baseline}, func(s string) bool { return s == "" }), " on the baseline "); at != "" {
+		text = fmt.Sprintf("%s: %s is in force. ", x.Product, at)
 	}
-	text = x.Product + ": " + text + ". "
 	switch {
-	case x.Code == "current" && x.InForce != "":
-		text = fmt.Sprintf("%s: %s is in force, and nothing newer is out for this device.", x.Product, x.InForce)
+	case x.Code == "current":
+		text += "Nothing newer is out for this device."
 	case x.Offered == "" && x.Kind == "nothing":
 		text += "Nothing is offered: " + x.Text + "."
 	default:
@@ -144,7 +143,7 @@ func (s *screen) product(p *page, x control.CalendarProduct, now control.Time) {
 		text += " It does not come into force now: " + x.Reason + "."
 	}
 	if !x.Until.IsZero() {
-		text += fmt.Sprintf(" Planned for %s, %s.", s.day(x.Until, now), s.ahead(x.Until, now))
+		text += fmt.Sprintf(" The next baseline is planned for %s, %s.", s.day(x.Until, now), s.ahead(x.Until, now))
 	}
 	p.field("Product", calendarColumn, text)
 }
