@@ -177,6 +177,8 @@ func fill(v reflect.Value, name string) {
 		v.SetInt(77)
 	case reflect.Uint16, reflect.Uint32, reflect.Uint64:
 		v.SetUint(78)
+	case reflect.Float64:
+		v.SetFloat(79.5)
 	case reflect.Slice:
 		v.Set(reflect.MakeSlice(v.Type(), 1, 1))
 		fill(v.Index(0), name)
