@@ -113,6 +113,7 @@ func rootCommand() *cobra.Command {
 		publishCommand(),
 		rolloutCommand(),
 		refreshCommand(),
+		exportCommand(),
 		rotateCommand(),
 		repoCommand(),
 	)

@@ -165,7 +165,7 @@ func newHeart(c *agent.Config, shown []control.Setting, backend target.Backend, 
 	return agent.New(agent.Options{
 		Config: c, Backend: backend, Facts: facts, Log: log, Version: programVersion(), Ready: ready,
 		Device: func(f eligibility.Facts) probe.Device { return probe.Describe(f, id) },
-		Boot:   probe.BootID(), Management: management(), Settings: shown, SystemImage: probe.SystemImage,
+		Boot:   probe.BootID(), Management: management(), Settings: shown, SystemImage: probe.SystemImage, HostEvents: agent.WatchHost,
 	})
 }
 
