@@ -37,6 +37,7 @@ var allowed = map[string]string{
 	"cmd/hotpatch":                     "agent/control agent/private",
 	"cmd/hotpatch-build":               "agent/release agent/repository patcher patcher/build patcher/target patcher/target/sim pe",
 	"cmd/hotpatchd":                    "agent agent/control agent/release agent/repository cmd/hotpatchd/pehost eligibility eligibility/probe patcher/target patcher/target/ptrace patcher/target/sim patcher/target/win32 testdata/fixtures/demo",
+	"cmd/hotpatchd-nats":               "agent/control agent/report",
 	"cmd/hotpatchd/pehost":             "pe",
 	"cmd/hotpatchd/e2e":                "",
 	"cmd/hotpatchd/house":              "",
@@ -50,6 +51,7 @@ var onlyHere = map[string][]string{
 	"github.com/spf13/cobra":       {"cmd/hotpatch", "cmd/hotpatch-build"},
 	"github.com/kardianos/service": {"cmd/hotpatchd"},
 	"go.etcd.io/bbolt":             {"agent/store"},
+	"github.com/nats-io":           {"cmd/hotpatchd-nats"},
 	"github.com/fsnotify/fsnotify": {"agent"},
 	"testing":                      {"patcher/target/ptrace/hosttest", "patcher/target/targettest", "patcher/target/win32/winhosttest"},
 }
