@@ -30,7 +30,7 @@ func (a *Agent) takeFile(ctx context.Context, c control.Caller, r control.Instal
 		}
 		o, err := a.client.VerifyFile(r.File)
 		if err == nil {
-			if err := a.keepLocal(o.ID, r.File); err != nil {
+			if err := a.keepLocal(r.File); err != nil {
 				return nil, control.Errorf(control.CodeInternal, "the release cannot be stored: %v", err)
 			}
 			return []string{o.ID}, a.call(ctx, func() { a.verified = true })

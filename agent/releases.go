@@ -188,7 +188,7 @@ func unknownFeatures(features []string) []string { return slices.Clone(features)
 // bytesOf takes a release from those that came as files, else from the
 // repository (or its cache). Length and hash are those of verified metadata.
 func (a *Agent) bytesOf(ctx context.Context, o repository.Offer) ([]byte, error) {
-	b, err := readRegular(a.localFile(o.ID), release.MaxRelease)
+	b, err := readRegular(a.localFile(o.SHA256), release.MaxRelease)
 	if err == nil {
 		sum := sha256.Sum256(b)
 		if hex.EncodeToString(sum[:]) == o.SHA256 {
@@ -203,13 +203,17 @@ func (a *Agent) bytesOf(ctx context.Context, o repository.Offer) ([]byte, error)
 	return a.client.Fetch(ctx, o)
 }
 
-func (a *Agent) localFile(id string) string {
-	return filepath.Join(a.o.Config.StateDir, "releases", id+".hotpatch")
+// localFile is where a release is kept that came as a file, by its SHA-256 in
+// hex: on some systems ids that differ in case only are one name, and CON or
+// NUL.1 is none.
+func (a *Agent) localFile(sum string) string {
+	return filepath.Join(a.o.Config.StateDir, "releases", sum+".hotpatch")
 }
 
 // keepLocal stores the bytes of a release that came as a file: written whole or not at all.
-func (a *Agent) keepLocal(id string, b []byte) error {
-	path := a.localFile(id)
+func (a *Agent) keepLocal(b []byte) error {
+	sum := sha256.Sum256(b)
+	path := a.localFile(hex.EncodeToString(sum[:]))
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return err
 	}

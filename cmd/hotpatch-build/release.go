@@ -47,6 +47,9 @@ cves are like CVE-2026-0001. The same input gives the same bytes, always.`,
 			warned := warnRelease(m)
 			if output == "" {
 				output = m.ID + ".hotpatch"
+				if !filepath.IsLocal(output) {
+					return fmt.Errorf("cannot write %s: on this system the name is that of a device; name a file with -o", output)
+				}
 			}
 			if err := writeOutput(output, b); err != nil {
 				return err
