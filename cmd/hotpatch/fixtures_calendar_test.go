@@ -40,6 +40,8 @@ func calendarDoc() *control.Calendar {
 				Text: "this device has ACME-2026-11b, the out-of-band hotpatch of 2026-11, and nothing newer is out for it"},
 			{Product: "late", InForce: "LATE-2026-11", Baseline: "LATE-2026-10", Kind: "nothing", Code: "off-track", Until: on(2027, 1, 12),
 				Text: "this device has LATE-X, the out-of-band baseline of 2026-11, on which no hotpatch builds, and gets none before the next baseline; it has the newest"},
+			{Product: "next", Kind: "baseline", Offered: "NEXT-2026-10", Restart: true, Code: "baseline", ReasonCode: "staged", Reason: "it is staged: it takes effect at the next restart of the device",
+				Text: "NEXT-2026-10, the baseline of 2026-10, with a restart: this device gets no hotpatches without it"},
 			{Product: "other", Kind: "baseline", Offered: "OTHER-10", Restart: true, Code: "baseline", ReasonCode: "held", Reason: "held by alice",
 				Text: "OTHER-10, the baseline of 2026-10, with a restart: this device gets no hotpatches without it"},
 		},

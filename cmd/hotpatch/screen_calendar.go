@@ -83,6 +83,15 @@ func (s *screen) today(d *control.Calendar) string {
 	default:
 		text += " Nothing was released for it."
 	}
+	var due []string
+	for _, x := range d.Products {
+		if x.Restart && (x.Reason == "" || x.ReasonCode == "staged") {
+			due = append(due, x.Offered)
+		}
+	}
+	if len(due) > 0 {
+		text += fmt.Sprintf(" This device has a restart before it: %s.", strings.Join(due, ", "))
+	}
 	return text
 }
 
