@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,10 +11,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+	"unicode/utf16"
 
 	"hotpatchd/agent/control"
 	"hotpatchd/agent/repository"
@@ -29,6 +32,7 @@ type windows struct {
 	prefix string
 	wine   string
 	fleet  *device // keys, repository and nothing else of it
+	scans  string  // scan_every
 }
 
 // dosPath is how Wine shows a path of Linux.
@@ -44,7 +48,7 @@ func newWindows(t testing.TB, fixes ...fix) *windows {
 	if _, err := exec.LookPath("x86_64-w64-mingw32-gcc"); err != nil {
 		need(t, "a compiler for Windows (apt-get install gcc-mingw-w64-x86-64)")
 	}
-	w := &windows{t: t, dir: t.TempDir(), wine: wine}
+	w := &windows{t: t, dir: t.TempDir(), wine: wine, scans: "500ms"}
 	w.prefix = filepath.Join(w.dir, "prefix")
 	if out, err := exec.Command("cp", "-a", from, w.prefix).CombinedOutput(); err != nil {
 		t.Fatalf("cannot copy the prefix: %v\n%s", err, out)
@@ -146,10 +150,10 @@ url = "%s"
 root = '%s'
 check_every = "1s"
 [backend]
-scan_every = "500ms"
+scan_every = "%s"
 [policy]
 file = '%s'
-`, dosPath(w.fleet.path("state")), w.pipe(), url, dosPath(w.fleet.path("repo/root.json")), dosPath(w.fleet.path("policy.toml"))))
+`, dosPath(w.fleet.path("state")), w.pipe(), url, dosPath(w.fleet.path("repo/root.json")), w.scans, dosPath(w.fleet.path("policy.toml"))))
 	w.fleet.policy(fmt.Sprintf("waive = [%s]\n", waive))
 }
 
@@ -197,21 +201,108 @@ func (w *windows) until(what string, ok func() bool) {
 func (w *windows) becomes(state control.ImageState, apps ...*winapp) {
 	w.t.Helper()
 	w.until(fmt.Sprintf("%d programs are %s", len(apps), state), func() bool {
-		var list control.Processes
-		out, _ := w.try(filepath.Join(w.dir, "hotpatch.exe"), "--socket", w.pipe(), "--json", "processes", "--each")
-		if json.Unmarshal([]byte(out), &list) != nil {
-			return false
-		}
-		n := 0
-		for _, p := range list.Processes {
-			for _, a := range apps {
-				if p.PID == a.winPID && len(p.Images) == 1 && p.Images[0].State == state {
-					n++
-				}
+		list, n := w.processes(), 0
+		for _, a := range apps {
+			if im := imageOf(list, a); im != nil && im.State == state {
+				n++
 			}
 		}
 		return n == len(apps)
 	})
+}
+
+// processes asks the daemon for the state of every image; empty while it does not answer.
+func (w *windows) processes() (list control.Processes) {
+	w.t.Helper()
+	out, _ := w.try(filepath.Join(w.dir, "hotpatch.exe"), "--socket", w.pipe(), "--json", "processes", "--each")
+	if json.Unmarshal([]byte(out), &list) != nil {
+		return control.Processes{}
+	}
+	return list
+}
+
+// imageOf is the row of a program's only image; nil if there is none.
+func imageOf(list control.Processes, a *winapp) *control.Image {
+	for _, p := range list.Processes {
+		if p.PID == a.winPID && len(p.Images) == 1 {
+			return &p.Images[0]
+		}
+	}
+	return nil
+}
+
+// later starts a program while the daemon works, which shall be patched within
+// two scans: one may be at work at this moment. Freezing may come too late on a
+// loaded machine, so more than one program may try.
+func (w *windows) later() *winapp {
+	w.t.Helper()
+	const tries = 3
+	for n := 1; ; n++ {
+		a := w.app("mingw/app.dll", 1, 5, 5)
+		at, scans := w.processes().Scanned, map[control.Time]bool{}
+		w.until("a later program is patched", func() bool {
+			list := w.processes()
+			if list.Scanned != at && !list.Scanned.IsZero() {
+				scans[list.Scanned] = true
+			}
+			im := imageOf(list, a)
+			return im != nil && im.State == control.Patched
+		})
+		w.t.Logf("a later program was patched by scan %d", len(scans))
+		if len(scans) <= 2 {
+			return a
+		}
+		if n == tries {
+			w.t.Fatalf("no later program was patched within two scans")
+		}
+	}
+}
+
+// services is what the registry says of all services and sources of events.
+func (w *windows) services() string {
+	w.t.Helper()
+	file := filepath.Join(w.dir, "services.reg")
+	defer os.Remove(file)
+	w.run(0, "reg", "export", `HKLM\SYSTEM\CurrentControlSet\Services`, dosPath(file), "/y")
+	b, err := os.ReadFile(file)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	u := make([]uint16, len(b)/2)
+	for i := range u {
+		u[i] = binary.LittleEndian.Uint16(b[2*i:])
+	}
+	return string(utf16.Decode(u))
+}
+
+// files are those of the device's own folder and of the folders of the system
+// that installing might write to.
+func (w *windows) files() (list []string) {
+	w.t.Helper()
+	for _, pattern := range []string{"*", "prefix/drive_c/*", "prefix/drive_c/ProgramData/*", "prefix/drive_c/Program Files/*", "prefix/drive_c/windows/*", "prefix/drive_c/windows/system32/drivers/*"} {
+		names, err := filepath.Glob(filepath.Join(w.dir, pattern))
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		list = append(list, names...)
+	}
+	return list
+}
+
+// running are the processes of this device's daemon, its guardian among them.
+func (w *windows) running() (list []string) {
+	w.t.Helper()
+	all, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for _, path := range all {
+		if b, err := os.ReadFile(path); err == nil && strings.Contains(string(b), "hotpatchd.exe") &&
+			(strings.Contains(string(b), w.dir) || strings.Contains(string(b), dosPath(w.dir))) {
+			list = append(list, string(b))
+		}
+	}
+	return list
 }
 
 // app starts a program in this device.
@@ -234,10 +325,20 @@ func TestWindowsDaemon(t *testing.T) {
 				t.Cleanup(s.Close)
 				url = s.URL
 			}
+			w.scans = "2s"
 			w.configure(url, `"vbs", "baseline"`) // Wine tells nothing of the first, no release of the second
+			services, files := w.services(), w.files()
 			apps := []*winapp{w.app("mingw/app.dll", 2, 5, 5), w.app("clang/app.dll", 1, 5, 6), w.app("plain/app.dll", 0, 6, 6)}
 			w.daemon(0, "service", "install", "--config", dosPath(w.fleet.path("config.toml")))
 			w.daemon(0, "service", "start")
+			for _, key := range []string{`\services\hotpatchd]`, `\eventlog\application\hotpatchd]`} {
+				if !strings.Contains(strings.ToLower(w.services()), key) {
+					t.Errorf("installed, and no key %s", key)
+				}
+			}
+			if len(w.running()) == 0 {
+				t.Error("started, and no process")
+			}
 			w.until("the daemon has verified the repository", func() bool {
 				st := w.status()
 				return st != nil && st.State != control.Unknown && !st.Repository.LastCheck.IsZero()
@@ -248,9 +349,7 @@ func TestWindowsDaemon(t *testing.T) {
 			}
 			t.Logf("\n%s", eligibility)
 			w.becomes(control.Patched, apps...)
-			later := w.app("mingw/app.dll", 1, 5, 5)
-			w.becomes(control.Patched, later)
-			apps = append(apps, later)
+			apps = append(apps, w.later())
 			for _, a := range apps {
 				if s := a.state(); s.value != 43 {
 					t.Errorf("program %d answers %d", a.winPID, s.value)
@@ -259,7 +358,16 @@ func TestWindowsDaemon(t *testing.T) {
 			}
 			t.Logf("\n%s", w.hotpatch(0, "status"))
 			w.hotpatch(0, "verify")
-			w.hotpatch(0, "rollback")
+			// Wine makes a mode of the descriptor that a file is given.
+			w.hotpatch(0, "diagnose", dosPath(w.fleet.path("support.zip")))
+			if info, err := os.Stat(w.fleet.path("support.zip")); err != nil || info.Mode()&0o007 != 0 || info.Size() == 0 {
+				t.Errorf("the support file: %v, %v", info, err)
+			}
+			os.Remove(w.fleet.path("support.zip"))
+			// 4: a thread did not stop in time, on a loaded machine; the daemon goes on trying.
+			if out, code := w.try(filepath.Join(w.dir, "hotpatch.exe"), "--socket", w.pipe(), "rollback"); code != 0 && code != 4 {
+				t.Fatalf("rollback: exit code %d\n%s", code, out)
+			}
 			w.becomes(control.Unpatched, apps...)
 			for _, a := range apps {
 				if s := a.state(); s.value != 42 {
@@ -273,6 +381,22 @@ func TestWindowsDaemon(t *testing.T) {
 			w.hotpatch(5, "status")
 			if out, code := w.try("sc", "query", "hotpatchd"); code == 0 {
 				t.Errorf("the service is still there:\n%s", out)
+			}
+			if now := w.services(); now != services {
+				t.Errorf("the services are not as before; before:\n%s\nafter:\n%s", services, now)
+			}
+			if list := w.running(); len(list) != 0 {
+				t.Errorf("still running: %q", list)
+			}
+			// What README says that stays, and the log beside the configuration.
+			want := append(files, w.fleet.path("state"), w.fleet.path("hotpatchd.log"))
+			for _, f := range w.files() {
+				if !slices.Contains(want, f) {
+					t.Errorf("left behind: %s", f)
+				}
+			}
+			for _, a := range apps {
+				a.runs(w.fleet)
 			}
 		})
 	}
