@@ -128,6 +128,25 @@ func TestDatesOfMonths(t *testing.T) {
 	}
 }
 
+// A hotpatch and the baseline it builds on are in force side by side.
+func TestDatesNameTheBaseline(t *testing.T) {
+	offers := []repository.Offer{dated("A-10", "baseline", "2026-10", "", 1), dated("A-11", "hotpatch", "2026-11", "A-10", 1)}
+	for _, c := range []struct{ base, hot bool }{{false, false}, {true, false}, {true, true}, {false, true}} {
+		want := control.CalendarProduct{}
+		edit := map[string]func(*control.Offer){}
+		if c.base {
+			want.Baseline, edit["A-10"] = "A-10", nowInForce
+		}
+		if c.hot {
+			want.InForce, edit["A-11"] = "A-11", nowInForce
+		}
+		got := dates(offers, listing(offers, edit), control.Status{Eligible: true}, calendarNoon).Products[0]
+		if got.Baseline != want.Baseline || got.InForce != want.InForce || got.OnTrack != (c.base || c.hot) {
+			t.Errorf("%+v: %+v", c, got)
+		}
+	}
+}
+
 // What is announced for this device comes before what is only planned.
 func TestNextDates(t *testing.T) {
 	planned := control.Next{Hotpatch: control.At(time.Date(2026, 12, 8, 18, 0, 0, 0, time.UTC)), Baseline: control.At(time.Date(2027, 1, 12, 18, 0, 0, 0, time.UTC))}

@@ -75,7 +75,7 @@ func Offered(t *Track, d Device, at time.Time) Decision {
 		}
 		return Decision{Kind: Nothing, Code: CodeCurrent, OnTrack: true, Text: "this device has " + l.updates[has].name() + ", and nothing newer is out for it"}
 	case l.base < 0 && l.last(func(_ int, u Update) bool { return u.restarts() }) < 0:
-		if i := l.last(func(_ int, u Update) bool { return u.Baseline != "" }); i >= 0 && d.UBR == 0 {
+		if i := l.last(func(_ int, u Update) bool { return u.Baseline != "" }); i >= 0 {
 			return Decision{Kind: Nothing, Code: CodeBaseline, Until: until,
 				Text: fmt.Sprintf("%s is for devices with %s, which was not published here", l.updates[i].name(), l.updates[i].Baseline)}
 		}
