@@ -4,8 +4,11 @@ import (
 	"bytes"
 	"crypto/sha256"
 	debugpe "debug/pe"
+	"encoding/binary"
 	"fmt"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -315,6 +318,50 @@ func TestSymbolsFromTwin(t *testing.T) {
 	wantRefusal(t, err, CodeSymbolFile, "app.sym", "")
 	_, err = Image(Options{Base: bare, Fix: fix, Sequence: 1, Symbols: []SymbolFile{{"app.sym", bare}}})
 	wantRefusal(t, err, CodeSymbolFile, "app.sym", "")
+}
+
+// TestSymbolsFromTwinOfStrip takes the twin as the linker made it and the base as
+// GNU strip left it: dropping debug sections moves what the debug directory
+// (the build id) points at in the file.
+func TestSymbolsFromTwinOfStrip(t *testing.T) {
+	gcc, strip := need(t, "x86_64-w64-mingw32-gcc"), need(t, "x86_64-w64-mingw32-strip")
+	dir := t.TempDir()
+	source, full, app := filepath.Join(dir, "app.c"), filepath.Join(dir, "full.dll"), filepath.Join(dir, "app.dll")
+	const text = "static volatile int state = 41;\n__attribute__((noinline)) int helper(int x) { return x + state; }\n" +
+		"__declspec(dllexport) int answer(void) { return helper(1); }\n"
+	if err := os.WriteFile(source, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range [][]string{
+		{gcc, "-O2", "-g", "-fno-ipa-ra", "-shared", "-Wl,--build-id", "-o", full, source},
+		{strip, "-o", app, full},
+	} {
+		if out, err := exec.Command(c[0], c[1:]...).CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v: %s", c[0], err, out)
+		}
+	}
+	read := func(path string) []byte {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	base, twin := read(app), read(full)
+	if id, err := parse(t, base).Identity(); err != nil || id.RSDS == "" {
+		t.Fatalf("the base has no build id (%v)", err)
+	}
+	_, names, _, err := ImportLibrary(ImportLibraryOptions{Base: base, BaseName: "app.dll", Symbols: []SymbolFile{{"full.dll", twin}}})
+	if err != nil || names == 0 {
+		t.Fatalf("%d names (%v)", names, err)
+	}
+	// Only the pointer may differ: a twin with another build id is another build.
+	d := parse(t, twin).Directories[directoryDebug]
+	e := editOf(t, twin)
+	id := e.at(binary.LittleEndian.Uint32(e.b[e.at(d.RVA)+20:])) // AddressOfRawData
+	e.b[id+4] ^= 1
+	_, _, _, err = ImportLibrary(ImportLibraryOptions{Base: base, BaseName: "app.dll", Symbols: []SymbolFile{{"full.dll", e.b}}})
+	wantRefusal(t, err, CodeSymbolFile, "full.dll", "")
 }
 
 // TestNamedFunctions replaces helper, which neither image exports by that name.

@@ -13,8 +13,9 @@ const (
 	machineAMD64 = 0x8664
 	machineARM64 = 0xAA64
 
-	directoryTLS = 9  // IMAGE_DIRECTORY_ENTRY_TLS
-	directoryCLR = 14 // IMAGE_DIRECTORY_ENTRY_COM_DESCRIPTOR
+	directoryDebug = 6  // IMAGE_DIRECTORY_ENTRY_DEBUG
+	directoryTLS   = 9  // IMAGE_DIRECTORY_ENTRY_TLS
+	directoryCLR   = 14 // IMAGE_DIRECTORY_ENTRY_COM_DESCRIPTOR
 
 	fileIsDLL = 0x2000 // IMAGE_FILE_DLL
 )
@@ -123,6 +124,8 @@ func (f *file) twin(t SymbolFile) ([]pe.Symbol, error) {
 		if err := im.Canonical(theirs, s.RVA); err != nil {
 			return nil, damaged(t.Name, err)
 		}
+		f.maskRawPointers(ours, s.RVA)
+		f.maskRawPointers(theirs, s.RVA)
 		if at := firstDifference(ours, theirs); at >= 0 {
 			return nil, refuse(CodeSymbolFile, t.Name, "", s.RVA+uint32(at), "%s differs from the base in section %s: it is of another build", t.Name, s.Name)
 		}
@@ -135,6 +138,20 @@ func (f *file) twin(t SymbolFile) ([]pe.Symbol, error) {
 		return nil, refuse(CodeSymbolFile, t.Name, "", 0, "%s has no COFF symbols (link with /debug:symtab, or do not strip)", t.Name)
 	}
 	return list, nil
+}
+
+// maskRawPointers clears PointerToRawData of each debug directory entry within
+// p, the bytes at rva: a file offset, which strip changes as it drops sections
+// (Microsoft PE specification, "Debug Directory (Image Only)").
+func (f *file) maskRawPointers(p []byte, rva uint32) {
+	const entry, field, size = 28, 24, 4
+	d := f.Directories[directoryDebug]
+	for i := uint64(0); i < pe.MaxDebugEntries && (i+1)*entry <= uint64(d.Size); i++ {
+		at := uint64(d.RVA) + i*entry + field
+		if at >= uint64(rva) && at+size <= uint64(rva)+uint64(len(p)) {
+			clear(p[at-uint64(rva):][:size])
+		}
+	}
 }
 
 func firstDifference(a, b []byte) int {
