@@ -84,7 +84,7 @@ func (a *Agent) whyNotStaged(id string, offers []control.Offer) string {
 		case a.bases.busy[o.Product]:
 			return ", which is being staged"
 		case a.bases.refused[id].why.Code != "":
-			return "; " + a.bases.refused[id].why.Text
+			return ", which cannot be staged here"
 		case !o.Fits && o.Reason != "":
 			return ", which is not staged: " + o.Reason
 		default:

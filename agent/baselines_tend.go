@@ -30,9 +30,7 @@ func (a *Agent) tendBaselines(v View, w wishes) {
 	}
 	now := a.o.Now()
 	wanted := a.filesWanted(w, v.Choices, now)
-	there := map[string]baseline.Record{}
 	for _, r := range a.bases.area.Records() {
-		there[r.Product] = r
 		if a.bases.busy[r.Product] {
 			continue
 		}
@@ -55,10 +53,13 @@ func (a *Agent) tendBaselines(v View, w wishes) {
 			a.proveIfDue(r, now)
 		}
 	}
+	there := map[string]bool{}
+	for _, r := range a.bases.area.Records() {
+		there[r.Product] = true
+	}
 	for product, o := range wanted {
 		_, stops := a.stopsFiles(w, o.ID)
-		_, occupied := there[product]
-		if stops || occupied || a.bases.busy[product] || a.bases.inPlace[o.ID] || now.Before(a.bases.refused[o.ID].again) {
+		if stops || there[product] || a.bases.busy[product] || a.bases.inPlace[o.ID] || now.Before(a.bases.refused[o.ID].again) {
 			continue
 		}
 		a.bases.busy[product] = true

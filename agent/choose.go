@@ -22,7 +22,7 @@ type device struct {
 	Baseline string // id of the baseline in force, "" if none was ever installed
 	// Baselines are those in force by product, where files of that product are ours to replace.
 	Baselines map[string]string
-	Place    int    // in rollouts, 0 to 99
+	Place     int // in rollouts, 0 to 99
 }
 
 // wishes are the operator's and the owner's words, and what they led to so far.

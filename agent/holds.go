@@ -41,14 +41,14 @@ func (a *Agent) Hold(ctx context.Context, c control.Caller, id, why string) (*co
 	if !release.ValidID(id) {
 		return nil, control.Errorf(control.CodeUsage, "%q is not the id of a release", id)
 	}
-	out, product, cves := false, "", []string(nil)
+	out, product, cves, files := false, "", []string(nil), onDisk("")
 	ch, err := a.simple(ctx, "hold", id, func() (bool, string, error) {
 		w := a.wishes()
 		if r, held := w.Hold(id); held {
 			return false, id + " is " + r.Text, nil
 		}
 		product, _, cves = a.whatIs(id, a.shown.Load())
-		out = a.inForceOrMemory(a.shown.Load(), id)
+		out, files = a.inForceOrMemory(a.shown.Load(), id), a.phaseOf(id)
 		if _, err := a.hold(c, id, product, why, "hold"); err != nil {
 			return false, "", err
 		}
@@ -67,6 +67,9 @@ func (a *Agent) Hold(ctx context.Context, c control.Caller, id, why string) (*co
 	case product == "":
 		ch.Text += ". No release of that id is known here: the hold counts if one comes; if the id is misspelt, hotpatch list has the right one"
 	}
+	if text := a.wentBackOnDisk(id, files); text != "" {
+		ch.Text += "; " + text
+	}
 	return ch, nil
 }
 
@@ -82,12 +85,18 @@ func backTo(previous string) string {
 func (a *Agent) ReleaseHold(ctx context.Context, c control.Caller, id, why string) (*control.Change, error) {
 	return a.simple(ctx, "release-hold", id, func() (bool, string, error) {
 		found := false
+		var forgiven harms
 		err := a.update(func(tx *store.Tx) error {
 			holds, err := tx.Holds()
 			if err != nil {
 				return err
 			}
-			if _, found = holds[id]; !found {
+			var harmed bool
+			if forgiven, harmed, err = a.forgive(tx, id); err != nil {
+				return err
+			}
+			_, held := holds[id]
+			if found = held || harmed; !found {
 				return nil
 			}
 			if err := tx.DeleteHold(id); err != nil {
@@ -96,9 +105,11 @@ func (a *Agent) ReleaseHold(ctx context.Context, c control.Caller, id, why strin
 			_, err = tx.Append(stamped(control.HistoryEntry{Action: "release-hold", Release: id, Text: why}, c, a))
 			return err
 		})
-		switch {
-		case err != nil:
+		if err != nil {
 			return false, "", err
+		}
+		a.harms = forgiven
+		switch {
 		case a.policy != nil && a.policy.Held(id):
 			return found, id + " is still held by the policy", nil
 		case !found:

@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"hotpatchd/agent/control"
+	"hotpatchd/agent/release"
 	"hotpatchd/agent/repository"
 	"hotpatchd/agent/store"
 )
@@ -106,12 +107,17 @@ func (a *Agent) install(ctx context.Context, c control.Caller, id, verified stri
 	var cerr *control.Error
 	var busy *control.Error
 	err := a.call(ctx, func() {
-		if o, cerr = a.offerFor(id); cerr == nil {
+		if o, cerr = a.offerFor(id); cerr == nil && o.Kind == release.KindBaseline {
+			busy = a.mayInstallFiles(o)
+		} else if cerr == nil {
 			busy = a.mayInstall(o)
 		}
 	})
 	if err = errors.Join(err, orNil(cerr), orNil(busy)); err != nil {
 		return nil, err
+	}
+	if o.Kind == release.KindBaseline {
+		return a.installFiles(ctx, c, o, verified)
 	}
 	l := a.load(ctx, o)
 	if l.problem.Code != "" {
@@ -183,9 +189,13 @@ func (a *Agent) mayInstall(o repository.Offer) *control.Error {
 }
 
 func (a *Agent) storeInstall(c control.Caller, o repository.Offer) (lifted bool, err error) {
+	var forgiven harms
 	err = a.update(func(tx *store.Tx) error {
 		holds, err := tx.Holds()
 		if err != nil {
+			return err
+		}
+		if forgiven, _, err = a.forgive(tx, o.ID); err != nil {
 			return err
 		}
 		if _, lifted = holds[o.ID]; lifted {
@@ -206,6 +216,9 @@ func (a *Agent) storeInstall(c control.Caller, o repository.Offer) (lifted bool,
 		_, err = tx.Append(stamped(control.HistoryEntry{Action: "install", Product: o.Product, Release: o.ID, Text: text}, c, a))
 		return err
 	})
+	if err == nil {
+		a.harms = forgiven
+	}
 	return lifted, err
 }
 
@@ -254,4 +267,3 @@ func changedFor(before, now *snapshot, product string) bool {
 	}
 	return sum(before) != sum(now)
 }
-

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"hotpatchd/agent/control"
 	"hotpatchd/agent/store"
@@ -37,7 +38,7 @@ func (a *Agent) rollback(c control.Caller, id string, ch *control.Change, progre
 		return &control.Error{Code: control.CodeNotFound, Text: fmt.Sprintf("no release %q is known here", id), Hint: "hotpatch list"}
 	}
 	ch.Release, ch.Product, ch.Sequence = id, product, seq
-	out := a.inForceOrMemory(before, id)
+	out, files := a.inForceOrMemory(before, id), a.phaseOf(id)
 	held, err := a.hold(c, id, product, "rolled back", "rollback")
 	if err != nil {
 		return control.Errorf(control.CodeInternal, "cannot roll back: %v", err)
@@ -48,7 +49,9 @@ func (a *Agent) rollback(c control.Caller, id string, ch *control.Change, progre
 	a.fill(ch, before, product)
 	a.wentBack(ch, cves, out)
 	ch.Changed = ch.Changed || held
-	switch {
+	switch text := a.wentBackOnDisk(id, files); {
+	case text != "":
+		ch.Text = strings.TrimPrefix(ch.Text+"; "+text, "; ")
 	case !ch.Changed:
 		ch.Text = id + " is out already and held"
 	case !out:
@@ -70,6 +73,9 @@ func (a *Agent) whatIs(id string, s *snapshot) (product string, sequence int64, 
 		if rel.ID == id {
 			product, sequence, cves = rel.Product, rel.Sequence, rel.CVEs
 		}
+	}
+	if product == "" {
+		product = a.productOfFiles(id)
 	}
 	for _, r := range a.allRecords() {
 		if r.Release == id && product == "" {

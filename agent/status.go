@@ -293,7 +293,7 @@ func (a *Agent) weighHold(h *control.Hold, v View, inForce []control.ActiveRelea
 	}
 	h.Product = o.Product
 	c := v.Choices[o.Product]
-	h.Decisive = c.Held != nil && c.Held.ID == h.ID
+	h.Decisive = c.Held != nil && c.Held.ID == h.ID || a.heldFiles(o, v.Now)
 	fixed := map[string]bool{}
 	for _, r := range inForce {
 		if r.Product != o.Product {
@@ -340,6 +340,9 @@ func (a *Agent) state(v View, w wishes, s *snapshot) control.State {
 	}
 	for _, ch := range v.Choices {
 		held = held || ch.Held != nil
+	}
+	for _, o := range a.allOffers() {
+		held = held || a.heldFiles(o, v.Now)
 	}
 	pendingOnly := c.Open() == c.Pending
 	switch {
