@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 
 	"go.uber.org/zap"
@@ -246,6 +247,38 @@ func (a *Agent) allRecords() []patcher.Record {
 		out = append(out, r)
 	}
 	return out
+}
+
+// maxForgotten bounds the records that are dropped in one transaction.
+const maxForgotten = 256
+
+// forgetAll drops records of lives that are over, many in one transaction: each
+// waits for the disk, and the loop for it.
+func (a *Agent) forgetAll(list []patcher.Record, why string) {
+	for some := range slices.Chunk(list, maxForgotten) {
+		err := a.update(func(tx *store.Tx) error {
+			for _, r := range some {
+				if err := tx.DeleteRecord(r.Key()); err != nil {
+					return err
+				}
+				r.State, r.Note = patcher.Lost, why
+				e, _ := historyOf(r, target.Info{ID: r.ID})
+				if _, err := tx.Append(stamped(e, own, a)); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			a.log.Error("cannot drop records", zap.Int("count", len(some)), zap.Error(err))
+			return
+		}
+		a.recMu.Lock()
+		for _, r := range some {
+			delete(a.records, r.Key())
+		}
+		a.recMu.Unlock()
+	}
 }
 
 // forget drops the record of a life that is over.

@@ -57,18 +57,11 @@ func (a *Agent) dropProc(id target.ID) {
 	}
 }
 
-// endLife forgets a process that is over, and its records; true if it was shown.
+// endLife forgets a process that is over; true if it was shown. Its records go
+// with the next pass, all in one transaction: that waits for the disk.
 func (a *Agent) endLife(id target.ID) bool {
 	_, shown := a.hosts[id]
 	a.dropProc(id)
-	if a.left[id] == nil {
-		for _, r := range a.recordsOfLife(id) {
-			if r.Boot == a.o.Boot || r.Boot == "" {
-				a.forget(r, "the process is over")
-				shown = true
-			}
-		}
-	}
 	return shown
 }
 
@@ -150,11 +143,15 @@ func (a *Agent) scan(ctx context.Context) bool {
 			changed = changed || shown
 		}
 	}
+	var over []patcher.Record
 	for _, r := range a.allRecords() {
 		if !seen[r.ID] && a.left[r.ID] == nil && (r.Boot == a.o.Boot || r.Boot == "") {
-			a.forget(r, "the process is over")
-			changed = true
+			over = append(over, r)
 		}
+	}
+	if len(over) > 0 {
+		a.forgetAll(over, "the process is over")
+		changed = true
 	}
 	a.countUnseen()
 	if !a.more || !a.scannedAt.IsZero() { // the first scan is done when all was seen
