@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -15,9 +16,10 @@ import (
 
 // installRequest reads the file that an argument names, and the metadata
 // beside it; or takes the argument for an id. The daemon never opens a file
-// for a caller: what this user may not read does not reach it.
+// for a caller: what this user may not read does not reach it. An export has
+// its metadata in itself.
 func installRequest(arg string) (control.InstallRequest, error) {
-	if !strings.HasSuffix(arg, ".hotpatch") && !strings.ContainsAny(arg, `/\`) {
+	if !strings.HasSuffix(arg, ".hotpatch") && !strings.HasSuffix(arg, ".export") && !strings.ContainsAny(arg, `/\`) {
 		return control.InstallRequest{ID: arg}, nil
 	}
 	b, err := readBounded(arg, control.MaxRelease)
@@ -27,8 +29,18 @@ func installRequest(arg string) (control.InstallRequest, error) {
 	if len(b) == 0 {
 		return control.InstallRequest{}, fmt.Errorf("%s is empty", arg)
 	}
+	if isExport(b) {
+		return control.InstallRequest{File: b}, nil
+	}
 	metadata, err := readMetadata(filepath.Join(filepath.Dir(arg), "metadata"))
 	return control.InstallRequest{File: b, Metadata: metadata}, err
+}
+
+// isExport tells an export, a zip file that begins with the entry export.json,
+// from a release. The daemon judges; this only spares it what lies beside.
+func isExport(b []byte) bool {
+	const nameAt = 30 // in a zip file's first record (PKWARE APPNOTE 4.3.7)
+	return len(b) > nameAt && bytes.HasPrefix(b, []byte("PK\x03\x04")) && bytes.HasPrefix(b[nameAt:], []byte("export.json"))
 }
 
 // readMetadata reads the JSON files of a folder; none if there is no folder.

@@ -70,6 +70,9 @@ func (s *screen) change(c *control.Change) string {
 	if c.Verified != "" {
 		p.field("Verified", statusColumn, c.Verified)
 	}
+	if c.Action == "install" && c.Changed && c.Text != "" {
+		p.line("%s.", clean(strings.ToUpper(c.Text[:1])+c.Text[1:]))
+	}
 	s.unreached(p, c)
 	if len(c.Reopened) > 0 {
 		p.field("Open again", statusColumn, strings.Join(c.Reopened, " "))
