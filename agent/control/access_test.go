@@ -350,7 +350,8 @@ func TestStrangersDoNotSeeWhoHolds(t *testing.T) {
 	offers := &Offers{Releases: []Offer{{ID: "R1", Held: true, ReasonCode: "held", Reason: why}}}
 	processes := &Processes{Processes: []Process{{UID: strangerCaller.UID, Images: []Image{{Name: "a.dll", ReasonCode: "held", Reason: why}}}}}
 	status := &Status{Holds: []Hold{{ID: "R1", By: "root", Reason: "it eats memory"}}}
-	for _, doc := range []any{offers, processes, status} {
+	dates := &Calendar{Products: []CalendarProduct{{Offered: "R1", ReasonCode: "held", Reason: why}}}
+	for _, doc := range []any{offers, processes, status, dates} {
 		b, err := encode(filter(strangerCaller, doc), "1", testNow)
 		if err != nil {
 			t.Fatal(err)
