@@ -62,7 +62,7 @@ func program(t testing.TB, name string) string {
 		if built.err = lookAtSources(hosttest.Root(t)); built.err != nil {
 			return
 		}
-		if out, err := exec.Command("go", "build", "-o", built.dir, "hotpatchd/cmd/hotpatchd", "hotpatchd/cmd/hotpatch").CombinedOutput(); err != nil {
+		if out, err := exec.Command("go", "build", "-o", built.dir, "hotpatchd/cmd/hotpatchd", "hotpatchd/cmd/hotpatch", "hotpatchd/cmd/hotpatch-build").CombinedOutput(); err != nil {
 			built.err = fmt.Errorf("%v: %s", err, out)
 		}
 	})
