@@ -4,7 +4,7 @@
 // Results go to standard output, one document with --json. Errors are one line
 // on standard error, with a line "hint: …" where something can be done; with
 // --json one document, "hotpatch-error/1". Exit
-// codes: 0 done or already so, 1 failed, 2 wrong usage.
+// codes: 0 done or already so, 1 failed, 2 wrong usage; fleet also 3 and 4, by how the fleet stands.
 package main
 
 import (
@@ -45,6 +45,10 @@ func run(args []string, stdout, stderr io.Writer) int {
 	cmd, err := root.ExecuteC()
 	if err == nil {
 		return 0
+	}
+	var said verdict
+	if errors.As(err, &said) {
+		return int(said)
 	}
 	var usage *usageError
 	code := exitFailed
@@ -116,6 +120,7 @@ func rootCommand() *cobra.Command {
 		exportCommand(),
 		rotateCommand(),
 		repoCommand(),
+		fleetCommand(),
 	)
 	wrongUsage(root)
 	return root

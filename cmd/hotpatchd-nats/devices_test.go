@@ -50,7 +50,7 @@ func must(t testing.TB, err error) {
 
 func until(t testing.TB, what string, condition func() string) {
 	t.Helper()
-	deadline := time.Now().Add(patience)
+	deadline, pause := time.Now().Add(patience), 20*time.Millisecond
 	for {
 		found := condition()
 		if found == "" {
@@ -59,7 +59,8 @@ func until(t testing.TB, what string, condition func() string) {
 		if time.Now().After(deadline) {
 			t.Fatalf("%s: not within %s; last: %s", what, patience, found)
 		}
-		time.Sleep(50 * time.Millisecond)
+		time.Sleep(pause)
+		pause = min(2*pause, time.Second) // asking two hundred devices costs something
 	}
 }
 
@@ -171,7 +172,7 @@ func startDevice(t testing.TB, n int, home string, repo *fleetRepository, broker
 	cfg.Repository.URL, cfg.Repository.Root = repo.URL+"/"+d.id, filepath.Join(repo.dir, "root.json")
 	cfg.Repository.CheckEvery = checkEvery
 	cfg.Backend.Name, cfg.Backend.ScanEvery = "sim", 10*time.Minute
-	m, err := sim.New(&sim.Scene{Format: sim.SceneFormat, Seed: int64(n), Processes: []sim.Process{{PID: 100, Exe: "/opt/demo", Modules: []sim.Module{{File: "demo/demo.dll"}}}}}, os.DirFS(fixtures))
+	m, err := sim.New(&sim.Scene{Format: sim.SceneFormat, Seed: uint64(n), Processes: []sim.Process{{PID: 100, Exe: "/opt/demo", Modules: []sim.Module{{File: "demo/demo.dll"}}}}}, os.DirFS(fixtures))
 	must(t, err)
 	a, err := agent.New(agent.Options{
 		Config: cfg, Backend: m, Boot: "boot-1", Log: zap.NewNop(), Version: "test",
