@@ -255,6 +255,7 @@ func decideLive(v View, in Intent, rec patcher.Record, c choice) Intent {
 		if t, ok := in.Image.Tried[in.Product]; ok && t.State == control.Drifted {
 			return in.as(t) // an undo that was called off found somebody else's bytes
 		}
+		in.Reason, _ = v.Deny(in.Proc.Info, in.Image.Name, in.Image.Path) // well, but the rule came too late
 		return in
 	}
 	if in, stands := v.gate(in); stands {
@@ -273,7 +274,7 @@ const takeOutWithin = 10 * time.Second
 
 // takeOut obeys a word: pause, hours, rules and eligibility hold back what is
 // new, never this. The release before comes back if it can; if it is refused
-// here, nothing is better than what was taken out.
+// here, or the owner denied us the process, nothing is better than what was taken out.
 func takeOut(v View, in Intent, rec patcher.Record, want *repository.Offer, same bool, word reason) Intent {
 	in.State, in.Reason = control.PendingImage, word
 	t := in.Image.Tried[in.Product]
@@ -288,7 +289,9 @@ func takeOut(v View, in Intent, rec patcher.Record, want *repository.Offer, same
 	}
 	// A hold on the release before may be among what was lost.
 	unsure := want != nil && v.Lost.Code != "" && !v.Chosen[want.ID]
-	if want == nil || !same || refused || unsure {
+	// What the owner denied us is taken back to what it was, and no further.
+	_, denied := v.Deny(in.Proc.Info, in.Image.Name, in.Image.Path)
+	if want == nil || !same || refused || unsure || denied {
 		return in.do(v, DoUndo)
 	}
 	if want.Sequence > rec.Sequence { // not back but on: that is new work

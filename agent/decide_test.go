@@ -109,12 +109,22 @@ func TestDecide(t *testing.T) {
 			v.has("R2", 2, patcher.Applied)
 			v.Word, v.Lost = word("R2"), because("state-lost", "")
 		}, DoUndo, "", control.PendingImage, "held"},
-		{"taken out, back, paused and closed and denied and not eligible", func(v *View) {
+		{"taken out, back, paused and closed and not eligible", func(v *View) {
 			v.wants(r1)
 			v.has("R2", 2, patcher.Applied)
 			v.Word, v.Paused, v.Closed, v.Eligible = word("R2"), because("paused", ""), true, false
-			v.Deny = func(target.Info, string, string) (reason, bool) { return because("denied", ""), true }
 		}, DoApply, "R1", control.PendingImage, "held"},
+		{"taken out, denied: not back", func(v *View) {
+			v.wants(r1)
+			v.has("R2", 2, patcher.Applied)
+			v.Word = word("R2")
+			v.Deny = func(target.Info, string, string) (reason, bool) { return because("denied", ""), true }
+		}, DoUndo, "", control.PendingImage, "held"},
+		{"in force, and denied since", func(v *View) {
+			v.wants(r1)
+			v.has("R1", 1, patcher.Applied)
+			v.Deny = func(target.Info, string, string) (reason, bool) { return because("denied", ""), true }
+		}, DoNothing, "", control.Patched, "denied"},
 		{"taken out, on, paused", func(v *View) {
 			v.wants(r2)
 			v.has("R1", 1, patcher.Applied)
@@ -317,9 +327,8 @@ func promise(t *rapid.T, v View, in Intent) {
 		t.Fatalf("a torn image: %s, %s", in.Kind, in.State)
 	}
 	gated := v.Paused.Code != "" || !v.Eligible || v.Closed
-	if _, denied := v.Deny(in.Proc.Info, in.Image.Name, in.Image.Path); denied {
-		gated = true
-	}
+	_, denied := v.Deny(in.Proc.Info, in.Image.Name, in.Image.Path)
+	gated = gated || denied
 	switch in.Kind {
 	case DoUndo:
 		if !rec.Live() {
@@ -334,7 +343,7 @@ func promise(t *rapid.T, v View, in Intent) {
 		if c.Want == nil || in.Offer.ID != c.Want.ID || !v.Ready(in.Offer.ID) || !same {
 			t.Fatalf("applies %s, which is not wanted, not there, or not for this image", in.Offer.ID)
 		}
-		if back := rec.Live() && out && in.Offer.Sequence <= rec.Sequence; gated && !back {
+		if back := rec.Live() && out && in.Offer.Sequence <= rec.Sequence && !denied; gated && !back {
 			t.Fatal("new work in spite of pause, rules, hours or eligibility")
 		}
 		if rec.Live() && rec.Release == in.Offer.ID && !out {

@@ -120,6 +120,9 @@ func (s *screen) groups(d *control.Processes, each bool) (bad, well [][]string) 
 	for _, p := range d.Processes {
 		for _, i := range p.Images {
 			k := groupKey{state: i.State, image: i.Name, exe: p.Exe}
+			if deniedSince(i) {
+				k.reason = i.Reason
+			}
 			if !isWell(i.State) {
 				k.reason, k.unit = i.Reason, p.Unit
 			}
@@ -160,7 +163,18 @@ func (s *screen) groups(d *control.Processes, each bool) (bad, well [][]string) 
 
 func isWell(st control.ImageState) bool { return st == control.Patched || st == control.Fixed }
 
+// deniedSince tells of a patch that came before the rule that forbids it: it
+// stays, and nothing newer comes.
+func deniedSince(i control.Image) bool { return i.State == control.Patched && i.ReasonCode == "denied" }
+
+func (s *screen) sinceDenied(i control.Image) string {
+	return i.Reason + "; what was applied before stays, nothing newer is applied"
+}
+
 func (s *screen) single(i control.Image, now control.Time) string {
+	if deniedSince(i) {
+		return s.sinceDenied(i)
+	}
 	if i.State == control.Patched && i.PauseUS > 0 {
 		return "pause " + pause(i.PauseUS)
 	}
@@ -174,6 +188,9 @@ func (s *screen) single(i control.Image, now control.Time) string {
 func (s *screen) together(m []exception, now control.Time) string {
 	if !isWell(m[0].image.State) {
 		return s.why(m[0].image, now)
+	}
+	if deniedSince(m[0].image) {
+		return s.sinceDenied(m[0].image)
 	}
 	var pauses []int64
 	for _, x := range m {
@@ -252,7 +269,10 @@ func (s *screen) image(p *page, i control.Image, now control.Time) {
 	}
 	p.line("%s  %s", s.paint(stateColour(string(i.State)), string(i.State)), clean(head))
 	why := ""
-	if !isWell(i.State) {
+	switch {
+	case deniedSince(i):
+		why = s.sinceDenied(i)
+	case !isWell(i.State):
 		why = s.why(i, now)
 	}
 	release := ""

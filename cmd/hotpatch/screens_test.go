@@ -103,6 +103,10 @@ func screens() map[string]string {
 	all["processes"] = s.processes(manyProcesses(), control.ProcessQuery{}, false)
 	all["processes-each"] = s.processes(manyProcesses(), control.ProcessQuery{}, true)
 	all["processes-vulnerable"] = s.processes(openProcesses(), control.ProcessQuery{Vulnerable: true}, false)
+	since := openProcesses()
+	since.Coverage, since.Processes = coverage(map[control.ImageState]int{control.Patched: 2}, 2), since.Processes[1:]
+	since.Processes[0].Images[0].State, since.Processes[0].Images[0].Remedy = control.Patched, ""
+	all["processes-denied-since"] = s.processes(since, control.ProcessQuery{}, false)
 	all["processes-none"] = s.processes(&control.Processes{Scanned: ago(0), Others: 212}, control.ProcessQuery{}, false)
 	all["processes-first-scan"] = s.processes(&control.Processes{}, control.ProcessQuery{}, false)
 	all["processes-pid"] = s.processes(oneProcess(), control.ProcessQuery{PID: 2216}, false)
