@@ -82,6 +82,7 @@ func (a *Agent) attention(v View, s *snapshot, holds []control.Hold) []control.A
 		}
 	}
 	out = append(out, a.approvedInVain(v.Now, a.wishes())...)
+	out = append(out, a.waiting(v)...)
 	for _, h := range holds {
 		if h.Decisive {
 			since := h.Since

@@ -178,6 +178,9 @@ func unsaid(in *policyFile) map[string]string {
 			word[key] = "not set"
 		}
 	}
+	if in.HoursGrace == "" {
+		word["hours_grace"] = "never"
+	}
 	if in.Ring == nil {
 		word["ring"] = "by the device's id"
 	}

@@ -168,7 +168,10 @@ func inForceIn(tx *store.Tx) map[string]inForce {
 }
 
 // place is where this device stands in rollouts, 0 to 99: the policy's ring,
-// else a hash of the device id, the same for ever.
+// else a hash of the device id, the same for ever and for every release. So the
+// same devices are always first: their owner knows which, watches them, and
+// chooses them by ring. A place by release would spread the risk over all, and
+// make each of them somebody's most important machine once.
 func (a *Agent) place() int {
 	if a.policy != nil && a.policy.Ring >= 0 {
 		return a.policy.Ring

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -29,6 +30,31 @@ func (a *Agent) waits(o repository.Offer) *control.Refusal {
 		return nil
 	}
 	return &control.Refusal{Code: r.Code, Text: r.Text}
+}
+
+// byWord are the reasons that somebody's word ends, the operator's among them.
+var byWord = map[string]bool{"manual": true, "not-approved": true, "ring": true}
+
+// waiting tells of each product's newest release what keeps it back, also where
+// an older one is applied everywhere and nothing seems open.
+func (a *Agent) waiting(v View) (out []control.Attention) {
+	for _, product := range slices.Sorted(maps.Keys(v.Choices)) {
+		c := v.Choices[product]
+		if !byWord[c.Why.Code] && !timed[c.Why.Code] {
+			continue
+		}
+		name := c.Latest.ID
+		if c.Latest.Severity != "" {
+			name += " (" + c.Latest.Severity + ")"
+		}
+		todo := "it comes by itself; now: hotpatch install " + c.Latest.ID
+		if c.Why.Code == "manual" || c.Why.Code == "not-approved" {
+			todo = "hotpatch install " + c.Latest.ID
+		}
+		out = append(out, control.Attention{Code: "waiting", Severity: control.SeverityInfo, Since: control.At(v.Now), Scope: control.Scope{Public: true},
+			Text: name + " is not taken yet: " + c.Why.Text, Remedy: todo, Product: product})
+	}
+	return out
 }
 
 // maxNamed bounds the ids in one sentence.
