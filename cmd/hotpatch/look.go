@@ -87,8 +87,8 @@ func checkCode(st *control.Status) int {
 		return exitIncomplete
 	case well:
 		return exitDone
-	case st.State == control.Ineligible || !st.Eligible && st.State != control.Unknown:
-		return exitNotEligible
+	case st.State == control.Ineligible, !st.Eligible && (st.State != control.Unknown || len(st.Fails) > 0):
+		return exitNotEligible // also before anything was verified, once the device is judged
 	}
 	return exitIncomplete
 }

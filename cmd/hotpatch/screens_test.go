@@ -282,11 +282,16 @@ func TestCheckCode(t *testing.T) {
 	}
 	out := wellStatus()
 	out.Eligible, out.State = false, control.Ineligible
+	fresh := wellStatus() // installed a moment ago: no repository, not enrolled
+	fresh.Eligible, fresh.State, fresh.Fails = false, control.Unknown, []string{"enrolled"}
+	unjudged := wellStatus()
+	unjudged.Eligible, unjudged.State, unjudged.Fails = false, control.Unknown, nil
 	for _, c := range []struct {
 		st   *control.Status
 		want int
 	}{{wellStatus(), exitDone}, {with(control.UpToDate, control.SeverityWarning), exitDone}, {with(control.Hotpatched, control.SeverityError), exitIncomplete},
-		{with(control.Held, control.SeverityWarning), exitIncomplete}, {with(control.Incomplete, ""), exitIncomplete}, {out, exitNotEligible}} {
+		{with(control.Held, control.SeverityWarning), exitIncomplete}, {with(control.Incomplete, ""), exitIncomplete}, {out, exitNotEligible},
+		{fresh, exitNotEligible}, {unjudged, exitIncomplete}} {
 		if got := checkCode(c.st); got != c.want {
 			t.Errorf("%s %+v: %d, wanted %d", c.st.State, c.st.Attention, got, c.want)
 		}
