@@ -106,6 +106,7 @@ type Agent struct {
 	rows           map[rowKey]row
 	trials         map[string]time.Time // release → when its first process was patched
 	vigil          *vigil
+	harms          harms
 	programsAt     time.Time            // when what is known of programs was stored
 	checked        map[string]time.Time // record → when it was last compared with memory
 	notices        []control.Attention
@@ -210,7 +211,7 @@ func (a *Agent) readState() error {
 			}
 			a.records[key] = r
 		}
-		a.trials, a.vigil.without = readTrials(tx), readPrograms(tx)
+		a.trials, a.vigil.without, a.harms = readTrials(tx), readPrograms(tx), readHarms(tx)
 		b, ok := tx.Get(settingLocal)
 		if ok {
 			if err := json.Unmarshal(b, &a.local); err != nil {
@@ -229,7 +230,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.history(own, control.HistoryEntry{Action: "start", Text: "hotpatchd " + a.o.Version + " started"})
 	wctx, cancel := context.WithCancel(ctx)
 	a.watchProcesses(wctx) // before the first list: what starts meanwhile is told
-	a.restartBaselines() // before any process is touched
+	a.restartBaselines()   // before any process is touched
 	a.recoverAll(ctx)
 	begun := time.Now()
 	a.pass(ctx, "", nil)

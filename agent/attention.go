@@ -94,6 +94,12 @@ func (a *Agent) attention(v View, s *snapshot, holds []control.Hold) []control.A
 		}
 	}
 	a.attendFiles(s.files, add)
+	for owner, of := range a.harms {
+		for id, h := range of {
+			add("guard", control.SeverityError, fmt.Sprintf("the health guard keeps %s out of the processes of user %s: %s", id, owner, h.Text),
+				"hotpatch release-hold "+id+" lets it in again", control.At(h.Since), control.Scope{})
+		}
+	}
 	for _, o := range openStates(s.processes) {
 		add(string(o.state), o.severity(), o.text(), string(o.remedy), now, public)
 	}

@@ -53,12 +53,16 @@ func canaryFirst(v View, list []Intent) {
 			}
 		}
 	}
-	// The same process whenever it is asked: that of the lowest number.
+	// The same process whenever it is asked: that of the lowest number, and one of
+	// the system's own before a user's, who may have it end whenever he likes.
 	order := make([]int, len(list))
 	for i := range order {
 		order[i] = i
 	}
-	slices.SortStableFunc(order, func(x, y int) int { return cmp.Compare(list[x].Proc.Info.ID.PID, list[y].Proc.Info.ID.PID) })
+	users := func(in Intent) int { return min(1, len(ownerOf(in.Proc.Info))) }
+	slices.SortStableFunc(order, func(x, y int) int {
+		return cmp.Or(cmp.Compare(users(list[x]), users(list[y])), cmp.Compare(list[x].Proc.Info.ID.PID, list[y].Proc.Info.ID.PID))
+	})
 	for _, i := range order {
 		in := list[i]
 		if in.Kind != DoApply || v.Forced == in.Product || v.Chosen[in.Offer.ID] {

@@ -26,6 +26,7 @@ type View struct {
 	Grace    map[string]grace // by product, when what is in force stops keeping to the hours; none: never
 	Forced   string           // product whose release an operator asked for just now: hours do not matter
 	Trial    Trial
+	Harms    harms
 	Choices  map[string]choice
 	Scope    func(product string) bool           // products that concern this installation
 	Word     func(release string) (reason, bool) // somebody's word takes this release out
@@ -231,6 +232,10 @@ func decideProduct(v View, p *Proc, im *ImageView, product string) (Intent, bool
 		return in, true
 	}
 	in.State = control.Unpatched
+	if r, out := v.harmed(p.Info, c.Want.ID); out {
+		in.Reason, in.Remedy = r, control.RemedyPolicy
+		return in, true
+	}
 	if in, stands := v.gate(in); stands {
 		return in, true
 	}
@@ -250,6 +255,15 @@ func decideLive(v View, in Intent, rec patcher.Record, c choice) Intent {
 	_, same := match(c.Want, in.Image)
 	if r, out := v.Word(rec.Release); out {
 		return takeOut(v, in, rec, c.Want, same, r)
+	}
+	if r, out := v.harmed(in.Proc.Info, rec.Release); out {
+		in.State, in.Reason = control.PendingImage, r
+		return in.do(v, DoUndo)
+	}
+	if c.Want != nil {
+		if _, out := v.harmed(in.Proc.Info, c.Want.ID); out {
+			return in // it keeps what it has
+		}
 	}
 	if c.Want == nil || rec.Release == c.Want.ID {
 		if t, ok := in.Image.Tried[in.Product]; ok && t.State == control.Drifted {

@@ -75,41 +75,63 @@ func (a *Agent) countLives(now time.Time) {
 	}
 	for id, p := range a.hosts {
 		if len(p.images) > 0 {
-			a.vigil.living(id, programOf(p.info), runs[id], now)
+			a.vigil.living(id, ownerOf(p.info), programOf(p.info), runs[id], now)
 		}
 	}
 }
 
 // weigh judges one case in which something ended badly.
 func (a *Agent) weigh(key caseKey, now time.Time) {
-	c := a.vigil.caseOf(key, now)
-	v := guard.Judge(c)
+	v := guard.Judge(a.vigil.caseOf(key, now))
 	signs := strings.Join(a.vigil.signs[key], "; ")
-	a.log.Warn("a patched process ended badly", zap.String("release", key.release), zap.String("exe", key.program),
+	a.log.Warn("a patched process ended badly", zap.String("release", key.release), zap.String("exe", key.program), zap.String("owner", key.owner),
 		zap.Bool("guilty", v.Guilty), zap.String("text", v.Text), zap.String("seen", signs))
-	if over, _ := a.trial().over(key.release, now); !over {
+	// Whoever likes may crash a process of his own: that must not keep others waiting.
+	if over, _ := a.trial().over(key.release, now); !over && key.owner == "" {
 		a.trialAnew(key.release, now)
 	}
 	if !v.Guilty {
 		return
 	}
 	product, _, _ := a.whatIs(key.release, a.shown.Load())
-	text := fmt.Sprintf("%s: %s (%s)", key.release, v.Text, signs)
-	a.vigil.drop(key.release)
-	if a.policy.Guard == GuardObserve {
-		a.notice("guard", control.SeverityWarning, text+". The policy says guard = \"observe\": nothing is taken out", signs)
-		a.history(healthGuard, control.HistoryEntry{Action: "guard-observed", Product: product, Release: key.release, Text: text})
-		return
+	why := v.Text + " (" + signs + ")"
+	switch {
+	case a.policy.Guard == GuardObserve:
+		a.onlySay(key.release, product, why, "the policy says guard = \"observe\"")
+	case a.proven(key.release, product, now):
+		a.onlySay(key.release, product, why, "it has been in force here for more than "+probation.String())
+	case key.owner == "":
+		a.vigil.drop("", key.release)
+		if held, err := a.hold(healthGuard, key.release, product, why, "guard"); err != nil {
+			a.notice("guard", control.SeverityError, key.release+": "+why+". It could not be taken out: the state cannot be written", err.Error())
+		} else if held {
+			a.notice("guard", control.SeverityError, key.release+": "+why+". It is taken out everywhere on this device, and held", signs)
+		}
+	default:
+		a.vigil.drop(key.owner, key.release)
+		a.takeFrom(key.owner, key.release, product, why)
 	}
-	held, err := a.hold(healthGuard, key.release, product, v.Text+" ("+signs+")", "guard")
-	if err != nil {
-		a.notice("guard", control.SeverityError, text+". It could not be taken out: the state cannot be written", err.Error())
-		return
-	}
-	if held {
-		a.notice("guard", control.SeverityError, text+". It is taken out everywhere on this device, and held", signs)
-		a.dirty = true
-	}
+}
+
+// probation is how long after a release came into force here the guard may take
+// it out. Later crashes tell of something else: of attacks, for one, that the fix turns into crashes.
+const probation = 72 * time.Hour
+
+func (a *Agent) proven(release, product string, now time.Time) (is bool) {
+	a.store.View(func(tx *store.Tx) error {
+		f, ok := inForceIn(tx)[product]
+		is = !ok || f.ID != release || now.Sub(f.Since.Time) > probation
+		return nil
+	})
+	return is
+}
+
+// onlySay reports what the guard does not act on.
+func (a *Agent) onlySay(release, product, why, because string) {
+	a.vigil.drop("", release)
+	text := release + ": " + why + ". It is not taken out: " + because
+	a.notice("guard", control.SeverityWarning, text, why)
+	a.history(healthGuard, control.HistoryEntry{Action: "guard-observed", Product: product, Release: release, Text: text})
 }
 
 // trialAnew begins the trial of a release anew: its canary died.

@@ -24,15 +24,21 @@ type vigil struct {
 	with    map[caseKey]*guard.Tally // of lives that are over
 	inside  map[caseKey]int
 	signs   map[caseKey][]string    // what was seen, for people; bounded
-	without map[string]*guard.Tally // by program, of lives that are over
+	without map[string]*guard.Tally // by habitOf, of lives that are over
 	changed bool                    // of without, since it was stored
 }
 
-type caseKey struct{ program, release string }
+// caseKey is a program of one owner, and a release. Owners are kept apart: who
+// crashes his own processes, or makes that their habit, must not move what is judged of others.
+type caseKey struct{ owner, program, release string }
+
+// habitOf names what is remembered of a program without a release.
+func habitOf(owner, program string) string { return owner + "|" + program }
 
 // vita is one life of a process that has images.
 type vita struct {
 	id      target.ID
+	owner   string // "": the system
 	program string
 	seen    time.Time // first by us
 	came    []coming  // releases, in the order they came in
@@ -67,10 +73,10 @@ func newVigil() *vigil {
 }
 
 // living tells that a process lives and what runs in it: release → since when.
-func (v *vigil) living(id target.ID, program string, runs map[string]time.Time, now time.Time) {
+func (v *vigil) living(id target.ID, owner, program string, runs map[string]time.Time, now time.Time) {
 	l := v.lives[id]
 	if l == nil {
-		l = &vita{id: id, program: program, seen: now}
+		l = &vita{id: id, owner: owner, program: program, seen: now}
 		v.lives[id], v.byPID[id.PID] = l, l
 	}
 	l.missed = time.Time{}
@@ -122,7 +128,7 @@ func (v *vigil) turn(alive func(target.ID) bool, now time.Time) []caseKey {
 	}
 	v.forget()
 	return slices.SortedFunc(maps.Keys(hurt), func(a, b caseKey) int {
-		return cmp.Or(cmp.Compare(a.release, b.release), cmp.Compare(a.program, b.program))
+		return cmp.Or(cmp.Compare(a.release, b.release), cmp.Compare(a.owner, b.owner), cmp.Compare(a.program, b.program))
 	})
 }
 
@@ -188,13 +194,13 @@ func (v *vigil) close(l *vita) (hurt caseKey, bad bool) {
 		end = l.missed
 	}
 	for _, p := range v.parts(l, end) {
-		v.tally(l.program, p.release).Add(p.ran, p.last, l.how)
+		v.tally(caseKey{l.owner, l.program, p.release}).Add(p.ran, p.last, l.how)
 		if p.release == "" {
 			v.changed = true
 			continue
 		}
 		if p.last && (l.how == guard.Crash || l.how == guard.Failure) {
-			hurt, bad = caseKey{l.program, p.release}, true
+			hurt, bad = caseKey{l.owner, l.program, p.release}, true
 			if l.inside && l.how == guard.Crash {
 				v.inside[hurt]++
 			}
@@ -206,18 +212,18 @@ func (v *vigil) close(l *vita) (hurt caseKey, bad bool) {
 	return hurt, bad
 }
 
-func (v *vigil) tally(program, release string) *guard.Tally {
-	if release != "" {
-		key := caseKey{program, release}
+func (v *vigil) tally(key caseKey) *guard.Tally {
+	if key.release != "" {
 		if v.with[key] == nil {
 			v.with[key] = &guard.Tally{}
 		}
 		return v.with[key]
 	}
-	t := v.without[program]
+	habit := habitOf(key.owner, key.program)
+	t := v.without[habit]
 	if t == nil {
 		t = &guard.Tally{}
-		v.without[program] = t
+		v.without[habit] = t
 	}
 	if t.Ran > maxRan {
 		t.Halve()
@@ -232,11 +238,11 @@ func (v *vigil) caseOf(key caseKey, now time.Time) guard.Case {
 	if t := v.with[key]; t != nil {
 		c.With = *t
 	}
-	if t := v.without[key.program]; t != nil {
+	if t := v.without[habitOf(key.owner, key.program)]; t != nil {
 		c.Without = *t
 	}
 	for _, l := range v.lives {
-		if l.program != key.program {
+		if l.program != key.program || l.owner != key.owner {
 			continue
 		}
 		for _, p := range v.parts(l, now) {
@@ -251,11 +257,11 @@ func (v *vigil) caseOf(key caseKey, now time.Time) guard.Case {
 	return c
 }
 
-// drop forgets a case that was decided: if the release comes back by an
-// operator's word it is judged anew.
-func (v *vigil) drop(release string) {
+// drop forgets cases that were decided, of one owner or with "" of all: if the
+// release comes back by an operator's word it is judged anew.
+func (v *vigil) drop(owner, release string) {
 	for key := range v.with {
-		if key.release == release {
+		if key.release == release && (owner == "" || owner == key.owner) {
 			delete(v.with, key)
 			delete(v.inside, key)
 			delete(v.signs, key)

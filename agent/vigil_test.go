@@ -20,12 +20,12 @@ func TestVigilParts(t *testing.T) {
 	v := newVigil()
 	v.window = 10 * time.Minute
 	id := target.ID{PID: 7, Start: 1}
-	v.living(id, "app", nil, at(0))
-	v.living(id, "app", map[string]time.Time{"R1": at(5)}, at(5))
-	v.living(id, "app", map[string]time.Time{"R2": at(25)}, at(25))
+	v.living(id, "", "app", nil, at(0))
+	v.living(id, "", "app", map[string]time.Time{"R1": at(5)}, at(5))
+	v.living(id, "", "app", map[string]time.Time{"R2": at(25)}, at(25))
 	v.end(7, guard.Crash, "ended by signal 11", false, at(26))
 	hurt := v.turn(nobody, at(27))
-	if fmt.Sprint(hurt) != "[{app R2}]" {
+	if fmt.Sprint(hurt) != "[{ app R2}]" {
 		t.Fatalf("hurt %v", hurt)
 	}
 	for _, want := range []struct {
@@ -35,7 +35,7 @@ func TestVigilParts(t *testing.T) {
 		{"R1", guard.Tally{Processes: 1, Ran: 10 * time.Minute}},
 		{"R2", guard.Tally{Processes: 1, Ran: time.Minute, Crashes: 1}},
 	} {
-		c := v.caseOf(caseKey{"app", want.release}, at(30))
+		c := v.caseOf(caseKey{"", "app", want.release}, at(30))
 		if c.With != want.tally {
 			t.Errorf("%s: %+v, want %+v", want.release, c.With, want.tally)
 		}
@@ -53,24 +53,24 @@ func TestVigilParts(t *testing.T) {
 func TestVigilInnocent(t *testing.T) {
 	for name, play := range map[string]func(v *vigil, id target.ID){
 		"after the window": func(v *vigil, id target.ID) {
-			v.living(id, "app", map[string]time.Time{"R": at(0)}, at(0))
+			v.living(id, "", "app", map[string]time.Time{"R": at(0)}, at(0))
 			v.end(id.PID, guard.Crash, "", false, at(11))
 		},
 		"after it was taken out": func(v *vigil, id target.ID) {
-			v.living(id, "app", map[string]time.Time{"R": at(0)}, at(0))
-			v.living(id, "app", nil, at(1))
+			v.living(id, "", "app", map[string]time.Time{"R": at(0)}, at(0))
+			v.living(id, "", "app", nil, at(1))
 			v.end(id.PID, guard.Crash, "", false, at(2))
 		},
 		"by order": func(v *vigil, id target.ID) {
-			v.living(id, "app", map[string]time.Time{"R": at(0)}, at(0))
+			v.living(id, "", "app", map[string]time.Time{"R": at(0)}, at(0))
 			v.end(id.PID, guard.Stopped, "", false, at(1))
 		},
 		"unseen": func(v *vigil, id target.ID) {
-			v.living(id, "app", map[string]time.Time{"R": at(0)}, at(0))
+			v.living(id, "", "app", map[string]time.Time{"R": at(0)}, at(0))
 		},
 		"another life of the number": func(v *vigil, id target.ID) {
-			v.living(id, "app", map[string]time.Time{"R": at(0)}, at(0))
-			v.living(target.ID{PID: id.PID, Start: 2}, "other", nil, at(1))
+			v.living(id, "", "app", map[string]time.Time{"R": at(0)}, at(0))
+			v.living(target.ID{PID: id.PID, Start: 2}, "", "other", nil, at(1))
 			v.end(id.PID, guard.Crash, "", false, at(2))
 		},
 	} {
@@ -87,7 +87,7 @@ func TestVigilInnocent(t *testing.T) {
 		if len(v.lives) != 0 || v.waits() {
 			t.Errorf("%s: it is not over", name)
 		}
-		if c := v.caseOf(caseKey{"app", "R"}, at(30)); c.With.Crashes != 0 {
+		if c := v.caseOf(caseKey{"", "app", "R"}, at(30)); c.With.Crashes != 0 {
 			t.Errorf("%s: %+v", name, c.With)
 		}
 	}
@@ -97,7 +97,7 @@ func TestVigilInnocent(t *testing.T) {
 func TestVigilMainThreadEnds(t *testing.T) {
 	v := newVigil()
 	v.window = 10 * time.Minute
-	v.living(target.ID{PID: 7}, "app", map[string]time.Time{"R": at(0)}, at(0))
+	v.living(target.ID{PID: 7}, "", "app", map[string]time.Time{"R": at(0)}, at(0))
 	v.end(7, guard.Crash, "", false, at(1))
 	if hurt := v.turn(func(target.ID) bool { return true }, at(2)); len(hurt) != 0 || len(v.lives) != 1 {
 		t.Errorf("%v, %d lives", hurt, len(v.lives))
@@ -122,7 +122,7 @@ func TestVigilTime(t *testing.T) {
 			if release != "" {
 				runs[release] = began[release]
 			}
-			v.living(id, "app", runs, at(float64(now)))
+			v.living(id, "", "app", runs, at(float64(now)))
 			now += rapid.IntRange(0, 20).Draw(t, "minutes")
 		}
 		sum := time.Duration(0)
