@@ -95,6 +95,14 @@ func screens() map[string]string {
 	byHand.Releases = byHand.Releases[:1]
 	byHand.Releases[0].Fits, byHand.Releases[0].ReasonCode, byHand.Releases[0].Reason = false, "manual", `the policy says mode = "manual"`
 	all["list-manual"] = s.offers(byHand)
+	later := offersDoc() // each for another reason, and all of them for this device
+	for i, r := range [][2]string{{"deferred", "the policy defers it until 2026-12-12T18:00:00Z, 72h after its publication; it is critical"},
+		{"not-approved", "the policy's approve does not list it"}, {"ring", "its rollout has reached 10 % of devices, this one is at 57"},
+		{"not-before", "its publisher releases it on 2026-12-12T18:00:00Z"}} {
+		later.Releases[i].Fits, later.Releases[i].InForce, later.Releases[i].Held = false, false, false
+		later.Releases[i].ReasonCode, later.Releases[i].Reason = r[0], r[1]
+	}
+	all["list-waiting"] = s.offers(later)
 	onlyHeld := offersDoc()
 	onlyHeld.Releases = onlyHeld.Releases[3:]
 	all["list-held"] = s.offers(onlyHeld)
@@ -131,6 +139,9 @@ func screens() map[string]string {
 	wontDo := planDoc()
 	wontDo.Refused = &control.Refusal{Code: "not-eligible", Text: "the device is not eligible: vbs", Hint: "hotpatch eligibility says what to do"}
 	all["plan-ineligible"] = s.plan(wontDo, 0)
+	notYet := planDoc()
+	notYet.Waits = &control.Refusal{Code: "deferred", Text: "the policy defers it until 2026-12-12T18:00:00Z, 72h after its publication"}
+	all["plan-waiting"] = s.plan(notYet, 0)
 	all["plan-nothing"] = s.plan(&control.Plan{Release: "ACME-2026-11", Sequence: 2}, 0)
 	all["plan-pid-nothing"] = s.plan(&control.Plan{Release: "ACME-2026-11", Sequence: 2}, 7)
 
