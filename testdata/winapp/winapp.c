@@ -95,11 +95,20 @@ static void start(LPTHREAD_START_ROUTINE f)
 	CloseHandle(h);
 }
 
+/* Ends at once: a debugger started for us would keep our output open. */
+static LONG CALLBACK crashed(EXCEPTION_POINTERS *x)
+{
+	printf("error exception %lx at %p\n", x->ExceptionRecord->ExceptionCode, x->ExceptionRecord->ExceptionAddress);
+	TerminateProcess(GetCurrentProcess(), 4);
+	return EXCEPTION_CONTINUE_SEARCH;
+}
+
 int main(int argc, char **argv)
 {
 	char line[600], name[512];
 	int x;
 	setvbuf(stdout, NULL, _IONBF, 0);
+	SetUnhandledExceptionFilter(crashed);
 	if (argc < 7)
 		return 2;
 	/* Somebody else is where the DLL wants to be: it comes to another place. */
