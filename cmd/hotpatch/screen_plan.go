@@ -45,7 +45,7 @@ func (s *screen) plan(d *control.Plan, pid int) string {
 	p.blank()
 	p.line("Totals: %s.", counts(c))
 	p.line("One process byte by byte: hotpatch plan %s --pid PID", clean(d.Release))
-	p.applyWith(d)
+	s.applyWith(p, d)
 	return p.String()
 }
 
@@ -62,7 +62,7 @@ func changes(d *control.Plan) (n int) {
 }
 
 // applyWith is the next command, if there is anything to do and it would not be refused.
-func (p *page) applyWith(d *control.Plan) {
+func (s *screen) applyWith(p *page, d *control.Plan) {
 	switch r := d.Refused; {
 	case r != nil:
 		p.field("", 0, "hotpatch install "+d.Release+" would be refused: "+r.Text)
@@ -71,7 +71,7 @@ func (p *page) applyWith(d *control.Plan) {
 		}
 	case changes(d) > 0:
 		if d.Waits != nil {
-			p.field("", 0, "not by itself now: "+d.Waits.Text)
+			p.field("", 0, "not by itself now: "+s.local(d.Waits.Text))
 		}
 		p.line("Apply with: hotpatch install %s", clean(d.Release))
 	}
@@ -120,7 +120,7 @@ func (s *screen) planProcess(d *control.Plan, pid int) string {
 			s.sites(p, i)
 		}
 	}
-	p.applyWith(d)
+	s.applyWith(p, d)
 	if refused && changes(d) == 0 {
 		p.line("What can be done about it: hotpatch processes --pid %d", pid)
 	}

@@ -252,7 +252,7 @@ func (s *screen) why(i control.Image, now control.Time) string {
 	case i.Attempts == 1 && i.Remedy == control.RemedyWait:
 		text += "; tried once, tries on"
 	}
-	return strings.TrimPrefix(text, ", ")
+	return s.local(strings.TrimPrefix(text, ", "))
 }
 
 func (s *screen) since(r control.ActiveRelease, now control.Time) string {

@@ -45,7 +45,7 @@ func (s *screen) toDo(p *page, st *control.Status, rows []exception) {
 		} else if a.Remedy != "" && a.Remedy != "none" {
 			text += "; " + a.Remedy
 		}
-		cells = append(cells, []string{a.Severity, text})
+		cells = append(cells, []string{a.Severity, s.local(text)})
 	}
 	for _, cmd := range nextCommands(st) {
 		if !slices.ContainsFunc(cells, func(c []string) bool { return strings.HasPrefix(c[1], cmd) }) {
