@@ -51,9 +51,7 @@ func (a *Agent) attention(v View, s *snapshot, holds []control.Hold) []control.A
 		}
 		add("policy", control.SeverityError, text, "mend "+a.policyFault()+" (hotpatchd check-config shows the place)", now, public)
 	}
-	if a.astray(v.Now) {
-		add("repository", control.SeverityWarning, "repository: "+a.repoErr.Text, "applied fixes stay; it is tried again by itself", a.repoErr.Since, public)
-	}
+	a.attendRepository(v.Now, add)
 	if !a.expires.IsZero() && v.Now.After(a.expires) {
 		add("expired", control.SeverityWarning, fmt.Sprintf("the repository's metadata ended %s: nothing new is applied", stamp(a.expires)), "the publisher has to sign it anew; or this clock is ahead", control.At(a.expires), public)
 	} else if !a.expires.IsZero() && a.expires.Sub(v.Now) < expirySoon && a.astray(v.Now) {

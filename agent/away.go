@@ -77,6 +77,37 @@ func (a *Agent) astray(now time.Time) bool {
 // polled tells whether there is a repository to be asked.
 func (a *Agent) polled() bool { return a.client != nil && a.o.Config.Repository.URL != "" }
 
+// noRepository says to the owner of the configuration what to do without one.
+func (a *Agent) noRepository() string {
+	file := a.o.Config.File
+	if file == "" {
+		file = "the configuration"
+	}
+	return "set [repository] url and root in " + file + ", then restart the daemon; or hotpatch install FILE"
+}
+
+// unpolled says why nobody can be asked. Without a client repoErr stands since
+// before the loop began, so that any goroutine may read it.
+func (a *Agent) unpolled() *control.Error {
+	if a.o.Config.Repository.URL != "" && a.repoErr != nil {
+		return control.Errorf(control.CodeUnavailable, "the repository cannot be asked: %s", a.repoErr.Text)
+	}
+	return &control.Error{Code: control.CodeUnavailable, Text: "no repository is configured", Hint: a.noRepository()}
+}
+
+// attendRepository says what is wrong with the repository, if anything is.
+func (a *Agent) attendRepository(now time.Time, add func(code, severity, text, remedy string, since control.Time, scope control.Scope)) {
+	public := control.Scope{Public: true}
+	switch {
+	case a.astray(now) && a.client == nil:
+		add("repository", control.SeverityWarning, "repository: "+a.repoErr.Text, "hotpatchd check-config looks at it; applied fixes stay", a.repoErr.Since, public)
+	case a.astray(now):
+		add("repository", control.SeverityWarning, "repository: "+a.repoErr.Text, "applied fixes stay; it is tried again by itself", a.repoErr.Since, public)
+	case a.o.Config.Repository.URL == "" && !a.verified:
+		add("no-repository", control.SeverityWarning, "no repository is configured", a.noRepository(), control.At(now), public)
+	}
+}
+
 // fail notes why a check failed; the same trouble stands since it began.
 func (a *Agent) fail(e *control.RepositoryError) (news bool) {
 	if news = a.repoErr == nil || a.repoErr.Code != e.Code; !news {

@@ -45,7 +45,7 @@ func (a *Agent) openRepository() {
 	c := a.o.Config.Repository
 	root, err := ReadRoot(c.Root)
 	if err != nil && c.URL != "" {
-		a.repoErr = &control.RepositoryError{Code: repository.CodeConfig, Text: fmt.Sprintf("cannot read the root of trust: %v", err), Since: control.At(a.o.Now())}
+		a.repoErr = &control.RepositoryError{Code: repository.CodeConfig, Text: fmt.Sprintf("cannot read the root of trust: %v; put the repository's root.json there, then restart the daemon", err), Since: control.At(a.o.Now())}
 	}
 	if err != nil {
 		return
@@ -112,7 +112,7 @@ func (a *Agent) repositoryError(err error) *control.RepositoryError {
 // What it finds is handed to the loop, success or not.
 func (a *Agent) refresh(ctx context.Context) error {
 	if !a.polled() {
-		return control.Errorf(control.CodeUnavailable, "no repository is configured, or its root of trust cannot be read")
+		return a.unpolled()
 	}
 	a.checkMu.Lock()
 	cat, err := a.client.Refresh(ctx)

@@ -99,6 +99,7 @@ func nextCommands(st *control.Status) (out []string) {
 		out = append(out, "hotpatch eligibility")
 	}
 	switch {
+	case st.State == control.Unknown && st.Repository.LastCheck.IsZero() && !askable(st):
 	case st.State == control.Unknown && st.Repository.LastCheck.IsZero():
 		out = append(out, "hotpatch check")
 	case st.State == control.Unknown:
@@ -111,6 +112,13 @@ func nextCommands(st *control.Status) (out []string) {
 		out = append(out, "hotpatch processes")
 	}
 	return out
+}
+
+// askable tells whether there is a repository that a check could reach: what
+// is missing else is said beside it.
+func askable(st *control.Status) bool {
+	r := st.Repository
+	return r.URL != "" && (r.Error == nil || r.Error.Code != "config")
 }
 
 // checked shows what a refresh of the repository came to.

@@ -33,6 +33,14 @@ func screens() map[string]string {
 			Text: "a web page came back instead of timestamp.json (captive portal or proxy login); applied fixes stay", Since: ago(40 * time.Second)}},
 		Attention: []control.Attention{{Code: "clock", Severity: control.SeverityWarning, Text: "this clock is 2 h 10 min behind the server", Remedy: "set the clock; applied fixes stay"}}}
 	all["status-unknown"] = s.status(first, nil)
+	nowhere := &control.Status{Header: header(control.FormatStatus), State: control.Unknown, Device: wellStatus().Device, Fails: []string{"enrolled"},
+		Attention: []control.Attention{{Code: "no-repository", Severity: control.SeverityWarning, Text: "no repository is configured",
+			Remedy: "set [repository] url and root in /etc/hotpatchd/config.toml, then restart the daemon; or hotpatch install FILE"}}}
+	all["status-no-repository"] = s.status(nowhere, nil)
+	rootless := &control.Status{Header: header(control.FormatStatus), State: control.Unknown, Device: wellStatus().Device, Fails: []string{"enrolled"},
+		Repository: control.Repository{URL: "https://patches.example.com", Error: &control.RepositoryError{Code: "config",
+			Text: "cannot read the root of trust: open /etc/hotpatchd/root.json: no such file or directory; put the repository's root.json there, then restart the daemon", Since: ago(40 * time.Second)}}}
+	all["status-no-root"] = s.status(rootless, nil)
 	scan := wellStatus()
 	scan.State, scan.Scanned, scan.Coverage = control.Unknown, control.Time{}, control.Coverage{}
 	all["status-first-scan"] = s.status(scan, nil)
