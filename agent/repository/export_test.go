@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -391,5 +392,49 @@ func TestStickPulledOut(t *testing.T) {
 	}
 	if half <= int64(len(whole)/2) {
 		t.Errorf("it began anew: the first bytes that came brought it to %d", half)
+	}
+}
+
+// A share whose server has gone holds up nobody for longer than a server on the
+// web would, is not tried over and over, and is tried again once it is back.
+func TestShareThatHangs(t *testing.T) {
+	f := newFixture(t)
+	for _, where := range []string{"open", "read"} {
+		t.Run(where, func(t *testing.T) {
+			c := f.client("")
+			c.transport.limits.document = 100 * time.Millisecond
+			back := make(chan struct{})
+			var tries atomic.Int32
+			c.transport.openLocal = func(path string) (*os.File, os.FileInfo, error) {
+				info, err := os.Stat(path)
+				if err != nil { // the next root, which is not there
+					return nil, nil, err
+				}
+				tries.Add(1)
+				if where == "open" {
+					<-back
+					return openRegular(path)
+				}
+				r, w, err := os.Pipe() // nobody writes: a read does not come back
+				go func() { <-back; w.Close() }()
+				return r, info, err
+			}
+			for range 4 {
+				refused(t, c, CodeTooSlow)
+			}
+			if n := tries.Load(); n != maxHanging {
+				t.Errorf("%d calls hang", n)
+			}
+			close(back)
+			c.transport.openLocal = openRegular
+			deadline := time.Now().Add(30 * time.Second)
+			for c.transport.hanging.Load() > 0 {
+				if time.Now().After(deadline) {
+					t.Fatal("what hung is counted for ever")
+				}
+				time.Sleep(time.Millisecond)
+			}
+			mustRefresh(t, c)
+		})
 	}
 }

@@ -49,6 +49,9 @@ type transport struct {
 	now    func() time.Time
 	time   serverTime
 	none   bool // there is no address: everything comes as files
+
+	hanging   atomic.Int32                                     // reads of a folder that do not come back
+	openLocal func(path string) (*os.File, os.FileInfo, error) // openRegular, but in tests
 }
 
 func newTransport(cfg *Config, limits limits) (*transport, error) {
@@ -59,7 +62,7 @@ func newTransport(cfg *Config, limits limits) (*transport, error) {
 	if err != nil {
 		return nil, fail(CodeConfig, err, "url %q is not an address", cfg.URL)
 	}
-	t := &transport{base: base, limits: limits, now: cfg.Now}
+	t := &transport{base: base, limits: limits, now: cfg.Now, openLocal: openRegular}
 	switch base.Scheme {
 	case "file":
 		if base.Host != "" && base.Host != "localhost" {
@@ -229,7 +232,7 @@ func (t *transport) open(ctx context.Context, rel string, offset, limit int64) (
 			hint("hotpatch install FILE, with an export that holds it; or set [repository] url")
 	}
 	if t.client == nil {
-		return t.openFile(rel, offset, limit)
+		return t.openFile(ctx, rel, offset, limit)
 	}
 	name := path.Base(rel)
 	u := t.base.JoinPath(rel)
@@ -290,11 +293,16 @@ func (t *transport) missing(name, found string) *Error {
 		hint("is %s the folder that holds metadata/ and targets/?", t.base.Redacted())
 }
 
-func (t *transport) openFile(rel string, offset, limit int64) (io.ReadCloser, int64, error) {
+func (t *transport) openFile(ctx context.Context, rel string, offset, limit int64) (io.ReadCloser, int64, error) {
 	name := path.Base(rel)
 	file := folder(t.base) + "/" + rel
-	f, info, err := openRegular(file)
+	f, size, err := openBeside(ctx, file, offset, &t.hanging, t.openLocal)
+	var known *Error
 	switch {
+	case errors.As(err, &known):
+		return nil, 0, known
+	case ctx.Err() != nil && errors.Is(err, context.Cause(ctx)):
+		return nil, 0, t.readError(ctx, name, err)
 	case errors.Is(err, os.ErrNotExist) && !isFolder(folder(t.base)):
 		return nil, 0, fail(CodeOffline, err, "there is no folder %s", folder(t.base)).
 			hint("if the repository is on a stick or a share, connect it; else compare [repository] url; %s", hintStays)
@@ -302,13 +310,9 @@ func (t *transport) openFile(rel string, offset, limit int64) (io.ReadCloser, in
 		return nil, 0, t.missing(name, "the folder has no such file")
 	case err != nil:
 		return nil, 0, fail(CodeUnreachable, err, "cannot read %s: %s", file, reason(err)).hint(hintItself)
-	case info.Size() > limit:
+	case size > limit:
 		f.Close()
 		return nil, 0, tooLarge(name, limit)
-	}
-	if _, err := f.Seek(offset, io.SeekStart); err != nil {
-		f.Close()
-		return nil, 0, fail(CodeUnreachable, err, "cannot read %s", file)
 	}
 	return f, offset, nil
 }
