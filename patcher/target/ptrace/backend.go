@@ -43,6 +43,8 @@ type known struct {
 	late   bool   // a look at its memory did not come back
 	file   int    // its stat file (a kernel thread's comm), -1 if it is not kept open
 	round  uint64 // of List, in which it was last seen
+	calm   int    // grows while its mappings stay the same
+	passes int    // calls of ListOf that pass over it meanwhile
 }
 
 // New makes the backend of this machine. It holds one descriptor of /proc.

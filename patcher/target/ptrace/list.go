@@ -63,8 +63,8 @@ func (b *backend) List(ctx context.Context) ([]target.Info, error) {
 	return list, nil
 }
 
-// ListOf looks at these processes as List does, and at all of them that took
-// page faults.
+// ListOf looks at these processes as List does, and soon again at those that
+// took page faults.
 func (b *backend) ListOf(ctx context.Context, pids []int) ([]target.Info, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -95,7 +95,7 @@ func (b *backend) refresh(pid int, now bool) *known {
 	}
 	k := b.procs[pid]
 	if k != nil && !s.dying() && sameProgram(&k.stat, &s) {
-		if s.vsize == k.stat.vsize && !k.late && (s.faults == k.stat.faults || !now && !b.turn(pid)) {
+		if s.vsize == k.stat.vsize && !k.late && (s.faults == k.stat.faults || now && k.calmly() || !now && !b.turn(pid)) {
 			return k
 		}
 		if k.late && b.late.admit(lifetime{pid, s.start}) != nil {
@@ -103,6 +103,8 @@ func (b *backend) refresh(pid int, now bool) *known {
 		}
 		if sum, _, ok := b.sumMaps(lifetime{pid, s.start}, name); ok && sum == k.sum && !k.late {
 			k.stat = s
+			k.calm = min(2*k.calm+1, mostCalm)
+			k.passes = k.calm
 			return k
 		}
 	}
@@ -136,6 +138,20 @@ func (b *backend) refresh(pid int, now bool) *known {
 	k.info.Change = b.changes
 	b.procs[pid] = k
 	return k
+}
+
+// mostCalm bounds how many looks in a row pass over a process that takes page
+// faults and maps as much as before.
+const mostCalm = 4
+
+// calmly tells that a look may pass over a process because its mappings were the
+// same when they were last compared. Nearly all that maps something maps more.
+func (k *known) calmly() bool {
+	if k.passes == 0 {
+		return false
+	}
+	k.passes--
+	return true
 }
 
 // turn tells whether a process that took page faults is looked at this time.
