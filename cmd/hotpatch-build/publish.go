@@ -50,6 +50,11 @@ rollout changes that later.`,
 			if err != nil {
 				return fmt.Errorf("publish: %w", err)
 			}
+			if cmd.Flags().Changed("percent") || cmd.Flags().Changed("not-before") {
+				for _, id := range res.Unchanged {
+					res.Warnings = append(res.Warnings, fmt.Sprintf("the rollout of %s stays as it was: hotpatch-build rollout %s changes it", id, id))
+				}
+			}
 			return printResult(cmd, "hotpatch-publish/1", repo, res, asJSON)
 		},
 	}

@@ -71,6 +71,9 @@ func TestRolloutCommand(t *testing.T) {
 	if after := verified(); after != before {
 		t.Errorf("a refused command changed the repository: %s", after)
 	}
+	if code, _, errs := command(append([]string{"publish", "--percent", "3", in("DEMO-1.hotpatch")}, signing...)...); code != 0 || !strings.Contains(errs, "the rollout of DEMO-1 stays as it was") {
+		t.Errorf("published again: exit %d, %s", code, errs)
+	}
 	var doc struct {
 		head
 		repository.RolloutResult
