@@ -53,6 +53,9 @@ func (s *screen) status(st *control.Status, open *control.Processes) string {
 		}
 		p.field("Baseline", statusColumn, strings.TrimPrefix(strings.TrimSuffix(st.Baseline.ID+", "+st.Baseline.Month, ", "), ", ")+", "+current)
 	}
+	if text := starts(st.Latency); text != "" {
+		p.field("Starts", statusColumn, text)
+	}
 	s.repository(p, st)
 	if n := s.next(st); n != "" {
 		p.field("Next", statusColumn, n)

@@ -85,6 +85,16 @@ func screens() map[string]string {
 	blind.Attention = []control.Attention{{Code: "not-looked-into", Severity: control.SeverityWarning, Text: "processes that could not be looked into, because the system refuses access: 3",
 		Remedy: "the backend may reach: only processes of uid 1000: CAP_SYS_PTRACE is missing"}}
 	all["status-unseen"] = s.status(blind, nil)
+	for name, l := range map[string]control.Latency{
+		"status-starts": {Watch: control.WatchEvents, ScanEveryMS: 2000, Quantiles: control.Quantiles{P50MS: 33.6, P99MS: 78.2, Count: 412},
+			Late: control.Quantiles{P50MS: 1041, P99MS: 2061, Count: 3}},
+		"status-starts-none": {Watch: control.WatchEvents, ScanEveryMS: 2000},
+		"status-starts-deaf": {Watch: control.WatchScan, ScanEveryMS: 2000, Why: "cannot watch process starts (CAP_NET_ADMIN?): permission denied"},
+	} {
+		starting := wellStatus()
+		starting.Latency = l
+		all[name] = s.status(starting, nil)
+	}
 	up := wellStatus()
 	up.State, up.Coverage, up.Releases, up.Release = control.UpToDate, control.Coverage{}, nil, nil
 	all["status-up-to-date"] = s.status(up, nil)
