@@ -19,6 +19,8 @@ type outside struct {
 	contact contact
 	soon    chan struct{} // something woke this machine: ask soon
 	woken   time.Time     // of the last check that came of it; checkRegularly's own
+	spread  time.Duration // within which a check comes of it
+	least   time.Duration // between two that do
 }
 
 // contact is what is kept over restarts: a device that is switched off each
@@ -31,6 +33,10 @@ type contact struct {
 // openOutside takes what is known of former lives.
 func (a *Agent) openOutside() {
 	a.outside.soon = make(chan struct{}, 1)
+	a.outside.spread, a.outside.least = wokenSpread, wokenLeast
+	if every := a.o.Config.Repository.CheckEvery; every < 10*wokenSpread {
+		a.outside.spread, a.outside.least = every/10, every/5
+	}
 	a.store.View(func(tx *store.Tx) error {
 		if b, ok := tx.Get(settingContact); ok {
 			return json.Unmarshal(b, &a.outside.contact)

@@ -53,8 +53,8 @@ func (a *Agent) takeFile(ctx context.Context, c control.Caller, r control.Instal
 	var ids []string
 	var serr error
 	cerr := a.call(ctx, func() {
-		serr = a.update(func(tx *store.Tx) error { return setting(tx, settingFloors, floors) })
-		if err != nil || serr != nil {
+		if err != nil { // what verified before it was refused counts all the same
+			serr = a.update(func(tx *store.Tx) error { return setting(tx, settingFloors, floors) })
 			return
 		}
 		if serr = a.asked(floors, false); serr != nil {

@@ -211,13 +211,42 @@ func TestAwayIsNoAlarm(t *testing.T) {
 	}
 }
 
+// A device that comes home, or wakes in the morning, has what was published
+// meanwhile at once and not at its next turn.
+func TestHomeAgain(t *testing.T) {
+	r := newRig(t, &sim.Scene{Format: sim.SceneFormat, Seed: 5, Processes: []sim.Process{
+		{PID: sweepPID, Exe: "/opt/acme/acme-server", Modules: []sim.Module{{File: "demo/demo.dll"}}}}})
+	r.release(t, "D1", "demo", 1, "demo/demo-1.dll")
+	home := make(chan struct{})
+	r.cfg.Repository.CheckEvery = 24 * time.Hour
+	r.tune = func(a *Agent) {
+		a.outside.spread = time.Millisecond
+		a.o.HostEvents = func(ctx context.Context, tell func(string)) {
+			select {
+			case <-home:
+				tell("the addresses of this machine have changed")
+			case <-ctx.Done():
+			}
+		}
+	}
+	must(t, r.start())
+	t.Cleanup(func() {
+		if err := errors.Join(r.judge(), r.stop()); err != nil {
+			t.Error(err)
+		}
+	})
+	r.patched(t, 1, "D1")
+	r.release(t, "D2", "demo", 2, "demo/demo-2.dll")
+	must(t, r.pass())
+	r.patched(t, 1, "D1")
+	close(home)
+	r.patched(t, 1, "D2")
+}
+
 // What wakes the machine brings the next check forward, but not at any rate.
 func TestWokenAsksSoon(t *testing.T) {
-	r := patchedRig(t, 1)
-	a := &Agent{o: Options{Config: r.cfg}, outside: outside{soon: make(chan struct{}, 1)}}
-	cfg := *r.cfg
-	cfg.Repository.CheckEvery = 100 * time.Millisecond // an event moves a check by at most a tenth
-	a.o.Config = &cfg
+	const least = 20 * time.Millisecond
+	a := &Agent{outside: outside{soon: make(chan struct{}, 1), spread: 10 * time.Millisecond, least: least}}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	a.outside.soon <- struct{}{}
@@ -229,7 +258,7 @@ func TestWokenAsksSoon(t *testing.T) {
 	if !a.untilCheck(ctx, time.Hour) {
 		t.Fatal("the second time it did not")
 	}
-	if gap := a.outside.woken.Sub(first); gap < cfg.Repository.CheckEvery/5 {
+	if gap := a.outside.woken.Sub(first); gap < least {
 		t.Errorf("two checks within %s", gap)
 	}
 	over, end := context.WithCancel(context.Background())

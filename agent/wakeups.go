@@ -118,10 +118,6 @@ func (a *Agent) woken(what string) {
 // untilCheck waits d for the next check of the repository, or less when
 // something woke this machine; false: ctx has ended.
 func (a *Agent) untilCheck(ctx context.Context, d time.Duration) bool {
-	spread, least := wokenSpread, wokenLeast
-	if every := a.o.Config.Repository.CheckEvery; every < 10*wokenSpread {
-		spread, least = every/10, every/5
-	}
 	due := time.Now().Add(d)
 	t := time.NewTimer(d)
 	defer t.Stop()
@@ -133,8 +129,8 @@ func (a *Agent) untilCheck(ctx context.Context, d time.Duration) bool {
 			return true
 		case <-a.outside.soon:
 			now := time.Now()
-			at := now.Add(rand.N(spread + 1))
-			if first := a.outside.woken.Add(least); at.Before(first) {
+			at := now.Add(rand.N(a.outside.spread + 1))
+			if first := a.outside.woken.Add(a.outside.least); at.Before(first) {
 				at = first
 			}
 			if at.Before(due) {
