@@ -90,9 +90,7 @@ func inspectRelease(w io.Writer, b []byte, asJSON bool) error {
 		fmt.Fprintf(w, "    text %s\n\n", image.Base.TextSHA256)
 		v.print(w)
 	}
-	for _, f := range r.Files {
-		fmt.Fprintf(w, "%-12s %s, %d bytes, sha256 %s\n", "File", f.Destination, f.Size, f.SHA256)
-	}
+	printFiles(w, &r.Manifest)
 	return nil
 }
 

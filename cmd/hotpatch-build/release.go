@@ -25,7 +25,9 @@ images are needed. Left out, format is "` + release.Format + `", kind "hotpatch"
 consistency "entry", and unwind what the builder found; release.json always has them.
 An image needs name (of the base image) and file (the hotpatch image, relative to release.toml), made
 with the release's own sequence. Its base is taken from FILE.base.json, which the image command
-writes beside FILE, unless it is given. severity is ` + strings.Join(release.Severities, ", ") + ` or nothing;
+writes beside FILE, unless it is given. A whole file ([[files]], kind "baseline", or what is on disk
+after a hotpatch) needs destination, file, and replaces: hashes, or the older files themselves; none
+for a new file. severity is ` + strings.Join(release.Severities, ", ") + ` or nothing;
 cves are like CVE-2026-0001. The same input gives the same bytes, always.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -87,12 +89,15 @@ func checkRelease(b []byte) error {
 	if err := r.CheckTables(); err != nil {
 		return err
 	}
+	if err := checkFiles(&r.Manifest); err != nil {
+		return err
+	}
 	return r.CheckLabels()
 }
 
 // warnRelease is what an author should know of a sound release.
 func warnRelease(m *release.Manifest) []string {
-	w := []string{}
+	w := append([]string{}, warnFiles(m)...)
 	if m.Consistency == release.ConsistencyQuiescent {
 		w = append(w, fmt.Sprintf("consistency %q: no device of this version reaches it, each will block the release by name; only %q is reached",
 			release.ConsistencyQuiescent, release.ConsistencyEntry))

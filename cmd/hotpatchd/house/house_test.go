@@ -35,7 +35,7 @@ var allowed = map[string]string{
 	"agent/baseline":                   "",
 	"agent":                            "agent/baseline agent/calendar agent/control agent/guard agent/release agent/report agent/repository agent/store eligibility eligibility/probe patcher patcher/target pe",
 	"cmd/hotpatch":                     "agent/control agent/private",
-	"cmd/hotpatch-build":               "agent/control agent/release agent/repository patcher patcher/build patcher/target patcher/target/sim pe",
+	"cmd/hotpatch-build":               "agent/baseline agent/control agent/release agent/repository patcher patcher/build patcher/target patcher/target/sim pe",
 	"cmd/hotpatchd":                    "agent agent/control agent/release agent/repository cmd/hotpatchd/pehost eligibility eligibility/probe patcher/target patcher/target/ptrace patcher/target/sim patcher/target/win32 testdata/fixtures/demo",
 	"cmd/hotpatchd-nats":               "agent/control agent/report",
 	"cmd/hotpatchd/pehost":             "pe",
