@@ -202,7 +202,7 @@ func startDevice(t testing.TB, n int, home string, repo *fleetRepository, broker
 		return 100*time.Millisecond + time.Duration(random()*float64(time.Second))
 	}))
 	must(t, err)
-	b := &bridge{daemon: d.client, broker: nc, spool: d.spool, every: time.Hour, spread: time.Second, lookGap: time.Second, log: log,
+	b := &bridge{daemon: d.client, broker: nc, spool: d.spool, every: 30 * time.Second, spread: time.Second, lookGap: time.Second, log: log,
 		pace: report.Pace{First: 200 * time.Millisecond, Most: 2 * time.Second, Asked: time.Second}}
 	if tune != nil {
 		tune(b)
@@ -229,11 +229,15 @@ type broker struct {
 	dir string
 	url string
 	srv *server.Server
+
+	users []*server.User // besides admin; nil: anybody may do anything
 }
 
-func newBroker(t testing.TB) *broker {
+func newBroker(t testing.TB) *broker { return newBrokerWith(t) }
+
+func newBrokerWith(t testing.TB, users ...*server.User) *broker {
 	t.Helper()
-	b := &broker{t: t, dir: t.TempDir(), url: "nats://127.0.0.1:-1"}
+	b := &broker{t: t, dir: t.TempDir(), url: "nats://127.0.0.1:-1", users: users}
 	b.start()
 	t.Cleanup(b.stop)
 	nc, js := b.client()
@@ -246,13 +250,20 @@ func (b *broker) start() {
 	b.t.Helper()
 	port, err := strconv.Atoi(b.url[strings.LastIndexByte(b.url, ':')+1:])
 	must(b.t, err)
-	s, err := server.NewServer(&server.Options{Host: "127.0.0.1", Port: port, JetStream: true, StoreDir: b.dir, NoSigs: true, NoLog: true, SyncAlways: false})
+	options := &server.Options{Host: "127.0.0.1", Port: port, JetStream: true, StoreDir: b.dir, NoSigs: true, NoLog: true}
+	if b.users != nil {
+		options.Users = append([]*server.User{{Username: "admin", Password: "pw"}}, b.users...)
+	}
+	s, err := server.NewServer(options)
 	must(b.t, err)
 	s.Start()
 	if !s.ReadyForConnections(patience) {
 		b.t.Fatal("the broker does not start")
 	}
 	b.srv, b.url = s, s.ClientURL()
+	if b.users != nil {
+		b.url = strings.Replace(b.url, "nats://", "nats://admin:pw@", 1)
+	}
 }
 
 func (b *broker) stop() {

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go/jetstream"
 
 	"hotpatchd/agent/control"
@@ -319,5 +320,52 @@ func TestCommandLine(t *testing.T) {
 		if got := dispatch(context.Background(), strings.Fields(args), &out, &errOut); got != want {
 			t.Errorf("%q: %d, want %d: %s", args, got, want, errOut.String())
 		}
+	}
+}
+
+// What the README allows a device at the broker is enough, and no more than
+// that: it can speak for no other device, wake nobody and read no reports.
+func TestPermissionsOfTheReadme(t *testing.T) {
+	id := deviceID(1)
+	broker := newBrokerWith(t, &server.User{Username: "device", Password: "pw", Permissions: &server.Permissions{
+		Publish: &server.SubjectPermission{Allow: []string{"hotpatch.status." + id, "$JS.API.STREAM.INFO.KV_hotpatch",
+			"$JS.API.CONSUMER.CREATE.KV_hotpatch.>", "$JS.API.CONSUMER.DELETE.KV_hotpatch.>"}},
+		Subscribe: &server.SubjectPermission{Allow: []string{"_INBOX.>"}},
+	}})
+	repo := newRepository(t)
+	repo.publish(t, "R1", 1)
+	admin := broker.url
+	broker.url = strings.Replace(admin, "admin:pw@", "device:pw@", 1)
+	d := startDevice(t, 1, folder(t), repo, broker, time.Hour, nil)
+	defer func() { must(t, d.stop()) }()
+	nc, js := broker.client()
+	defer nc.Close()
+	broker.url = admin
+	adminConn, adminJS := broker.client()
+	defer adminConn.Close()
+	until(t, "the report comes", func() string {
+		if doc := broker.newest(t.TempDir())[id]; doc == nil || doc.Status.State != control.Hotpatched {
+			return fmt.Sprintf("%+v", doc)
+		}
+		return ""
+	})
+	asked := repo.asked(d.id)
+	until(t, "it is woken", func() string {
+		must(t, tellToLook(context.Background(), adminJS))
+		if repo.asked(d.id) == asked {
+			return "not yet"
+		}
+		return ""
+	})
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	if _, err := js.Publish(ctx, statusPrefix+deviceID(2), []byte("{}")); err == nil {
+		t.Error("a device speaks for another one")
+	}
+	if err := tellToLook(ctx, js); err == nil {
+		t.Error("a device wakes the others")
+	}
+	if _, err := pull(ctx, js, t.TempDir()); err == nil {
+		t.Error("a device reads the reports of all")
 	}
 }
