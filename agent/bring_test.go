@@ -100,6 +100,10 @@ func TestInstallExport(t *testing.T) {
 		t.Fatalf("%+v %v", ch, err)
 	}
 	r.patched(t, 2, "R2", "D1")
+	// Another life, without cache: the floors are the store's.
+	must(t, r.stop())
+	must(t, os.RemoveAll(r.path("state/repository")))
+	must(t, r.start())
 	refusedBring(t, r, first, "but this device has trusted version")
 	forged := append([]byte{}, second...)
 	forged[len(forged)/2] ^= 1
@@ -110,11 +114,6 @@ func TestInstallExport(t *testing.T) {
 		t.Errorf("%d imports in the history", imports)
 	}
 
-	// Another life, without cache: the floors are the store's.
-	must(t, r.stop())
-	must(t, os.RemoveAll(r.path("state/repository")))
-	must(t, r.start())
-	refusedBring(t, r, first, "but this device has trusted version")
 	r.patched(t, 2, "R2", "D1")
 	if _, err := r.bring(second); err != nil {
 		t.Error(err)
