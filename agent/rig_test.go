@@ -40,7 +40,7 @@ func init() { flag.DurationVar(&patience, "patience", patience, "how long a cond
 // rig is one simulated device: machine, repository, clock, and the daemon.
 type rig struct {
 	management Management // nil: none
-	t          *testing.T
+	t          testing.TB
 	dir        string
 	m          *sim.Machine
 	cfg        *Config
@@ -83,7 +83,7 @@ canary = "0s"
 
 // newRig makes a device on which nothing runs yet. Its files lie in memory
 // where the system has such a place: every transaction of the state is synced.
-func newRig(t *testing.T, scene *sim.Scene) *rig {
+func newRig(t testing.TB, scene *sim.Scene) *rig {
 	t.Helper()
 	parent := ""
 	if info, err := os.Stat("/dev/shm"); err == nil && info.IsDir() {
