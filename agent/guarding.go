@@ -50,7 +50,6 @@ func (a *Agent) guardTurn() {
 	}
 	now := a.o.Now()
 	a.vigil.window = a.policy.GuardWindow
-	a.countLives(now)
 	hurt := a.vigil.turn(func(id target.ID) bool { return a.procs[id] != nil }, now)
 	for _, key := range hurt {
 		a.weigh(key, now)
@@ -58,8 +57,8 @@ func (a *Agent) guardTurn() {
 	a.storePrograms(now)
 }
 
-// countLives tells who lives, and what runs in whom. Called right after the work
-// too: who crashes at once must be known to have been patched.
+// countLives tells who lives, and what runs in whom. Called right after the work:
+// who crashes at once must be known to have been patched.
 func (a *Agent) countLives(now time.Time) {
 	if a.policy == nil || a.policy.Guard == GuardOff {
 		return
