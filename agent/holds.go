@@ -153,6 +153,9 @@ func (a *Agent) setPaused(ctx context.Context, c control.Caller, paused bool) (*
 			return err
 		})
 		text := map[bool]string{true: "paused: nothing new is applied, what is applied stays", false: "resumed"}[paused]
+		if !changed && err == nil {
+			text = map[bool]string{true: "it was paused already; nothing to do", false: "it was not paused; nothing to do"}[paused]
+		}
 		if !paused && a.policy != nil && a.policy.Pause {
 			text = "the policy still says pause"
 		}

@@ -133,6 +133,11 @@ func (a *Agent) refresh(ctx context.Context) error {
 		} else {
 			a.checkedAt = a.o.Now()
 			a.succeeded(cat)
+			text := fmt.Sprintf("repository: checked, %s, good until %s", counted(len(cat.Offers), "release", "releases"), stamp(cat.Expires))
+			if cat.Doubt != nil {
+				text = "repository: " + a.repoErr.Text
+			}
+			a.hub.send(control.Event{Type: control.EventRepository, Text: text, Scope: control.Scope{Public: true}})
 		}
 		a.Wake()
 	})

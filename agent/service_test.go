@@ -27,9 +27,14 @@ import (
 // patchedRig is a device with processes 100, 101, … that run R1 of product app.
 func patchedRig(t *testing.T, processes int) *rig {
 	t.Helper()
+	return patchedRigOf(t, processes, sim.Module{File: "mingw/app.dll"})
+}
+
+func patchedRigOf(t *testing.T, processes int, modules ...sim.Module) *rig {
+	t.Helper()
 	scene := &sim.Scene{Format: sim.SceneFormat, Seed: 5}
 	for i := range processes {
-		scene.Processes = append(scene.Processes, sim.Process{PID: sweepPID + i, Exe: "/opt/acme/acme-server", Modules: []sim.Module{{File: "mingw/app.dll"}}})
+		scene.Processes = append(scene.Processes, sim.Process{PID: sweepPID + i, Exe: "/opt/acme/acme-server", Modules: modules})
 	}
 	r := newRig(t, scene)
 	must(t, r.publish(repository.PublishOptions{}, &release.Manifest{ID: "R1", Product: "app", Sequence: 1, CVEs: []string{"CVE-2026-0001"}, Severity: "critical"},
@@ -197,6 +202,68 @@ func TestEvents(t *testing.T) {
 		}
 		return ""
 	}))
+	cancel()
+	must(t, <-ended)
+}
+
+// Whoever watches hears of each release that comes into an image, of images
+// that nobody has seen before, of pause and resume, and of checks.
+func TestWatchMissesNothing(t *testing.T) {
+	modules := []sim.Module{{File: "kernel32.dll"}, {File: "mingw/app.dll"}}
+	r := patchedRigOf(t, 1, modules...)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	var mu sync.Mutex
+	var heard []string
+	ready, ended := make(chan struct{}), make(chan error, 1)
+	client := control.Dial(r.cfg.Control.Socket)
+	defer client.Close()
+	go func() {
+		ended <- client.Events(ctx, func() { close(ready) }, func(e control.Event) error {
+			mu.Lock()
+			defer mu.Unlock()
+			heard = append(heard, e.Type+" "+e.Text)
+			return nil
+		})
+	}()
+	<-ready
+	hears := func(want string) {
+		t.Helper()
+		must(t, r.until(func() string {
+			mu.Lock()
+			defer mu.Unlock()
+			if !slices.ContainsFunc(heard, func(s string) bool { return strings.HasPrefix(s, want) }) {
+				return fmt.Sprintf("not heard: %s; only %q", want, heard)
+			}
+			return ""
+		}))
+	}
+	c := r.life.client
+	must(t, r.publish(repository.PublishOptions{}, &release.Manifest{ID: "R2", Product: "app", Sequence: 2, CVEs: []string{"CVE-2026-0001"}, Severity: "critical"},
+		image{"mingw/app-ref-2.dll"}))
+	_, err := c.Check(ctx)
+	must(t, err)
+	hears("repository repository: checked, 2 releases, good until ")
+	hears("image app.dll in process 100: patched by R2")
+	_, err = c.Rollback(ctx, control.RollbackRequest{}, nil)
+	must(t, err)
+	hears("image app.dll in process 100: patched by R1")
+	_, err = c.Pause(ctx)
+	must(t, err)
+	hears("state device: paused: nothing new is applied")
+	_, err = r.m.Start(sim.Process{PID: 200, Exe: "/opt/acme/acme-server", Modules: modules})
+	must(t, err)
+	hears("image app.dll in process 200: unpatched")
+	ch, err := c.Resume(ctx)
+	must(t, err)
+	hears("state device: goes on")
+	hears("image app.dll in process 200: patched by R1")
+	if again, err := c.Resume(ctx); err != nil || again.Changed || !strings.Contains(again.Text, "was not paused") || !ch.Changed {
+		t.Errorf("the second resume: %+v %v", again, err)
+	}
+	_, err = r.m.Start(sim.Process{PID: 201, Exe: "/opt/acme/acme-server", Modules: modules})
+	must(t, err)
+	hears("image app.dll in process 201: patched by R1")
 	cancel()
 	must(t, <-ended)
 }

@@ -33,9 +33,10 @@ type rowKey struct {
 
 // row is what was last shown of an image, to tell since when it is so.
 type row struct {
-	state control.ImageState
-	code  string
-	since time.Time
+	state   control.ImageState
+	code    string
+	release string // that it runs, if it is patched
+	since   time.Time
 }
 
 // publish turns the loop's state into documents.
@@ -55,6 +56,13 @@ func (a *Agent) publish() {
 	if old != nil && old.status.State != s.status.State {
 		a.hub.send(control.Event{Type: control.EventState, From: string(old.status.State), State: string(s.status.State),
 			Text: fmt.Sprintf("device: %s, was %s", s.status.State, old.status.State), Scope: control.Scope{Public: true}})
+	}
+	if old != nil && old.status.Paused != s.status.Paused {
+		text := "device: goes on, the pause has ended"
+		if s.status.Paused {
+			text = "device: paused: nothing new is applied, what is applied stays"
+		}
+		a.hub.send(control.Event{Type: control.EventState, Text: text, Scope: control.Scope{Public: true}})
 	}
 }
 
@@ -152,22 +160,42 @@ func (a *Agent) showImage(in Intent, rows map[rowKey]row) control.Image {
 	return im
 }
 
-// since is when an image came into the state it is in.
+// since is when an image came into the state it is in. What is news of it is
+// sent: another state, reason or release, and one that nobody has seen before.
 func (a *Agent) since(rows map[rowKey]row, k rowKey, uid int, im control.Image) time.Time {
 	old, ok := a.rows[k]
-	now := row{im.State, im.ReasonCode, a.o.Now()}
-	if ok && old.state == now.state && old.code == now.code {
+	now := row{state: im.State, code: im.ReasonCode, since: a.o.Now()}
+	if im.State == control.Patched {
+		now.release = im.Release
+	}
+	switch same := old.state == now.state && old.code == now.code; {
+	case ok && same && old.release == now.release:
 		now.since = old.since
-	} else if ok {
-		why := im.Reason
-		if im.ReasonCode == "held" {
-			why = "held on this device" // who and why is the operators' affair
-		}
-		a.hub.send(control.Event{Type: control.EventImage, PID: k.id.PID, Image: im.Name, From: string(old.state), State: string(im.State), Reason: why,
-			Scope: control.Scope{OfUser: true, UID: uid}, Text: fmt.Sprintf("%s in process %d: %s, was %s", im.Name, k.id.PID, im.State, old.state)})
+	case ok, a.rows != nil && now.state != control.PendingImage: // at the start of a life all is seen for the first time, and is no news
+		a.tell(k, uid, im, old, now)
 	}
 	rows[k] = now
 	return now.since
+}
+
+// tell sends the event of one image. old is zero if it was not seen before.
+func (a *Agent) tell(k rowKey, uid int, im control.Image, old, now row) {
+	why := im.Reason
+	if im.ReasonCode == "held" {
+		why = "held on this device" // who and why is the operators' affair
+	}
+	text := fmt.Sprintf("%s in process %d: %s", im.Name, k.id.PID, im.State)
+	if now.release != "" {
+		text += " by " + now.release
+	}
+	switch {
+	case old.state == now.state && old.release != now.release && old.release != "":
+		text += ", was by " + old.release
+	case old.state != "":
+		text += ", was " + string(old.state)
+	}
+	a.hub.send(control.Event{Type: control.EventImage, PID: k.id.PID, Image: im.Name, Release: im.Release, From: string(old.state), State: string(im.State), Reason: why,
+		Scope: control.Scope{OfUser: true, UID: uid}, Text: text})
 }
 
 func (a *Agent) showOffers(v View, w wishes) control.Offers {
