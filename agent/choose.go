@@ -255,9 +255,16 @@ func short(d time.Duration) string {
 // timed are the reasons that end at a time known beforehand.
 var timed = map[string]bool{"not-before": true, "deferred": true, "returns": true}
 
-// highest orders the offers of one product: the highest sequence first.
+// highest orders the offers of one product that fit a device: first those made
+// for its baseline, for sequences begin anew with each; then the highest sequence.
 func highest(a, b repository.Offer) int {
-	return cmp.Or(cmp.Compare(b.Sequence, a.Sequence), cmp.Compare(a.ID, b.ID))
+	anyBaseline := func(o repository.Offer) int {
+		if o.Baseline == "" {
+			return 1
+		}
+		return 0
+	}
+	return cmp.Or(cmp.Compare(anyBaseline(a), anyBaseline(b)), cmp.Compare(b.Sequence, a.Sequence), cmp.Compare(a.ID, b.ID))
 }
 
 // floorKey names the line within which sequences grow.

@@ -181,7 +181,7 @@ func (a *Agent) mayInstall(o repository.Offer) *control.Error {
 		return &control.Error{Code: control.CodeConflict, Text: p.Text, Hint: hint}
 	}
 	for _, other := range a.allOffers() {
-		if other.Product == o.Product && w.InForce[o.Product] == other.ID && other.Sequence > o.Sequence {
+		if other.Product == o.Product && w.InForce[o.Product] == other.ID && other.Baseline == o.Baseline && other.Sequence > o.Sequence {
 			return &control.Error{Code: control.CodeConflict, Text: fmt.Sprintf("%s, sequence %d, is in force and newer", other.ID, other.Sequence), Hint: "hotpatch rollback " + other.ID}
 		}
 	}
