@@ -25,14 +25,13 @@ func init() {
 // TestWakesByItself: no scan and no event comes between; the loop knows when the
 // deferral ends.
 func TestWakesByItself(t *testing.T) {
-	t.Parallel()
 	scene, err := sim.ParseScene([]byte("format = \"hotpatchd-scene/1\"\n[[processes]]\npid = 100\nmodules = [{ file = \"kernel32.dll\" }, { file = \"mingw/app.dll\" }]\n"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	s := &script{rig: newRig(t, scene)}
 	s.cfg.Backend.ScanEvery = maxScanEvery
-	s.write("policy.toml", goodPolicy+"defer = \"12s\"\n")
+	s.write("policy.toml", goodPolicy+"defer = \"7s\"\n")
 	for _, line := range []string{
 		"publish R1 app 1 mingw/app-ref-1.dll", "start", "check", "list R1 fits=false reason_code=deferred", "runs 100 app.dll!vuln R1", "stop",
 	} {
