@@ -26,6 +26,8 @@ func (s *screen) offers(d *control.Offers) string {
 			word = "held"
 		case o.Halted:
 			word = "halted"
+		case o.ReasonCode == "staged":
+			word = "staged"
 		case o.Fits:
 			word = "fits"
 		case waitWords[o.ReasonCode] != "":

@@ -53,6 +53,13 @@ func (s *screen) status(st *control.Status, open *control.Processes) string {
 		}
 		p.field("Baseline", statusColumn, strings.TrimPrefix(strings.TrimSuffix(st.Baseline.ID+", "+st.Baseline.Month, ", "), ", ")+", "+current)
 	}
+	for i, f := range st.Staged {
+		label := "Files"
+		if i > 0 {
+			label = ""
+		}
+		p.field(label, statusColumn, s.local(f.Text))
+	}
 	if text := starts(st.Latency); text != "" {
 		p.field("Starts", statusColumn, text)
 	}
@@ -117,6 +124,9 @@ func (s *screen) sentence(st *control.Status) (colour, text string) {
 	case control.Held:
 		return fair, heldSentence(st)
 	case control.RestartRequired:
+		if len(st.Staged) > 0 {
+			return fair, "Files are staged that take effect at the next restart of the device; hotpatchd does not restart it." + openPart(open, c.Images)
+		}
 		return fair, "Only a restart of the device ends what is open; hotpatchd does not do that by itself." + openPart(open, c.Images)
 	case control.Incomplete:
 		if open == 0 && st.Unseen > 0 {

@@ -101,6 +101,15 @@ func screens() map[string]string {
 	expired := wellStatus()
 	expired.State, expired.Repository.Expires, expired.RestartRequired = control.RestartRequired, ago(3*days), true
 	all["status-restart"] = s.status(expired, nil)
+	staged := wellStatus()
+	staged.State, staged.RestartRequired = control.RestartRequired, true
+	staged.Baseline = control.Baseline{ID: "ACME-2026-10", Month: "2026-10"}
+	staged.Staged = []control.StagedFiles{
+		{Product: "acme-server", ID: "ACME-2027-01", Kind: "baseline", Phase: "staged", Files: 3, Text: "3 files of ACME-2027-01 take effect at the next restart"},
+		{Product: "other", ID: "OTHER-10", Kind: "baseline", Phase: "active", Files: 1, Text: "OTHER-10 in force; the old files are kept until it has proved itself, about 2026-12-12T18:00:00Z"}}
+	staged.Attention = []control.Attention{{Code: "restart-required", Severity: control.SeverityWarning, Since: ago(2 * days), Remedy: "restart-device",
+		Text: "the baseline ACME-2027-01 is staged, 3 files: it takes effect at the next restart of the device"}}
+	all["status-staged"] = s.status(staged, nil)
 	all["check"] = s.checked(wellStatus())
 
 	all["eligibility-no"] = s.eligibility(eligibilityDoc(), false)
