@@ -53,8 +53,10 @@ AmbientCapabilities=
 NoNewPrivileges=yes
 
 ProtectSystem=strict
-# A metrics text file elsewhere needs its folder here (systemctl edit):
-# ReadWritePaths=/var/lib/prometheus/node-exporter
+# A metrics text file elsewhere needs its folder here (systemctl edit), and so do
+# the folders whose files baselines replace; for files that are not root's,
+# CAP_CHOWN in CapabilityBoundingSet, too.
+# ReadWritePaths=/var/lib/prometheus/node-exporter /opt/acme
 PrivateDevices=yes
 ProtectClock=yes
 ProtectControlGroups=yes
