@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"os"
 	"runtime"
 	"slices"
 	"time"
@@ -119,6 +120,9 @@ func hasPrivileges(s *mgr.Service) (bool, error) {
 // a program of another architecture, which Windows would emulate, does not work
 // on processes that are not emulated.
 func firstOfAll() error {
+	if err := fixedProgramData(); err != nil {
+		return err
+	}
 	if p := windows.NewLazySystemDLL("kernel32.dll").NewProc("SetDefaultDllDirectories"); p.Find() == nil {
 		if err := windows.SetDefaultDllDirectories(windows.LOAD_LIBRARY_SEARCH_SYSTEM32); err != nil {
 			return fmt.Errorf("cannot keep foreign DLLs out: %w", err)
@@ -146,4 +150,18 @@ func emulated(goarch string, process, native uint16) error {
 		machine = fmt.Sprintf("%#x", native)
 	}
 	return &hintedError{fmt.Errorf("this hotpatchd is for %s, the machine is %s: emulated it cannot work", goarch, machine), "install the hotpatchd for " + machine}
+}
+
+// fixedProgramData makes the folder of all defaults what the system says, for
+// whoever starts us: an environment is the caller's word, and differs between a
+// service and a console.
+func fixedProgramData() error {
+	dir, err := windows.KnownFolderPath(windows.FOLDERID_ProgramData, 0)
+	if err == nil {
+		err = os.Setenv("ProgramData", dir)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot find the folder ProgramData: %w", err)
+	}
+	return nil
 }

@@ -48,7 +48,10 @@ func (i installer) install() (string, error) {
 	if errors.Is(err, windows.ERROR_SERVICE_DOES_NOT_EXIST) {
 		var s service.Service
 		if s, err = service.New(idle{}, c); err == nil {
-			err = s.Install()
+			err = patiently(s.Install)
+		}
+		if err == nil {
+			err = listed()
 		}
 	}
 	if err == nil {
@@ -226,7 +229,7 @@ func (i installer) uninstall() (string, error) {
 		if err := stopService(s); err != nil {
 			return err
 		}
-		return s.Delete()
+		return patiently(s.Delete)
 	})
 	absent := errors.Is(err, windows.ERROR_SERVICE_DOES_NOT_EXIST)
 	if err != nil && !absent {
@@ -253,16 +256,11 @@ func (i installer) uninstall() (string, error) {
 }
 
 func (i installer) start() (string, error) {
-	return i.control("start", "started", func(s *mgr.Service) error {
-		if err := s.Start(); err != nil && !errors.Is(err, windows.ERROR_SERVICE_ALREADY_RUNNING) {
-			return err
-		}
-		return awaitState(s, svc.Running)
-	})
+	return i.control("start", "started", func(s *mgr.Service) error { return startService(s) })
 }
 
 func (i installer) stop() (string, error) {
-	return i.control("stop", "stopped; what is applied stays", stopService)
+	return i.control("stop", "stopped; what is applied stays", func(s *mgr.Service) error { return stopService(s) })
 }
 
 func (i installer) restart() (string, error) {
@@ -284,6 +282,17 @@ func (i installer) control(action, done string, do func(*mgr.Service) error) (st
 	return done, nil
 }
 
+// listed waits until the manager knows a service that was just made: one that
+// has begun a moment ago itself may still be reading its database.
+func listed() error {
+	for deadline := time.Now().Add(goneWait); ; time.Sleep(controlPause) {
+		err := withService(func(*mgr.Service) error { return nil })
+		if !errors.Is(err, windows.ERROR_SERVICE_DOES_NOT_EXIST) || time.Now().After(deadline) {
+			return err
+		}
+	}
+}
+
 func withService(do func(*mgr.Service) error) error {
 	m, err := mgr.Connect()
 	if err != nil {
@@ -298,15 +307,54 @@ func withService(do func(*mgr.Service) error) error {
 	return do(s)
 }
 
-func stopService(s *mgr.Service) error {
-	if _, err := s.Control(svc.Stop); err != nil && !errors.Is(err, windows.ERROR_SERVICE_NOT_ACTIVE) {
+// controlled is what we do with an installed service: *mgr.Service.
+type controlled interface {
+	Start(args ...string) error
+	Control(svc.Cmd) (svc.Status, error)
+	Query() (svc.Status, error)
+}
+
+// startService starts a service, and comes back when it runs.
+func startService(s controlled) error {
+	err := patiently(func() error { return s.Start() })
+	if err != nil && !errors.Is(err, windows.ERROR_SERVICE_ALREADY_RUNNING) {
+		return err
+	}
+	return awaitState(s, svc.Running)
+}
+
+// stopService stops a service, and comes back when it has stopped. One that is
+// on its way to start or stop takes no order: it is told again.
+func stopService(s controlled) error {
+	err := patiently(func() error {
+		_, err := s.Control(svc.Stop)
+		if now, qerr := s.Query(); err != nil && qerr == nil && now.State == svc.Stopped {
+			return nil
+		}
+		return err
+	})
+	if err != nil && !errors.Is(err, windows.ERROR_SERVICE_NOT_ACTIVE) {
 		return err
 	}
 	return awaitState(s, svc.Stopped)
 }
 
+// patiently tries again what the manager has no time for: another installer or
+// a start holds its database (ERROR_SERVICE_DATABASE_LOCKED), or the service is
+// between two states. Bounded by controlWait.
+func patiently(do func() error) error {
+	for deadline := time.Now().Add(controlWait); ; time.Sleep(controlPause) {
+		err := do()
+		passes := errors.Is(err, windows.ERROR_SERVICE_DATABASE_LOCKED) || errors.Is(err, windows.ERROR_SERVICE_CANNOT_ACCEPT_CTRL) ||
+			errors.Is(err, windows.ERROR_INVALID_SERVICE_CONTROL)
+		if !passes || time.Now().After(deadline) {
+			return err
+		}
+	}
+}
+
 // awaitState waits, with a bound, which kardianos/service does not.
-func awaitState(s *mgr.Service, want svc.State) error {
+func awaitState(s controlled, want svc.State) error {
 	for deadline := time.Now().Add(controlWait); ; time.Sleep(controlPause) {
 		now, err := s.Query()
 		if err != nil {

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/windows/svc"
 	"golang.org/x/sys/windows/svc/mgr"
 
+	"hotpatchd/agent"
 	"hotpatchd/agent/control"
 )
 
@@ -319,5 +320,71 @@ func TestEventsAreOfThisDaemon(t *testing.T) {
 			t.Errorf("%q has id %d", text, id)
 		}
 		ids[id] = true
+	}
+}
+
+// balky is a service whose manager has no time, at first.
+type balky struct {
+	errs   []error // of the next orders
+	states []svc.State
+	orders int
+}
+
+func (b *balky) order() error {
+	b.orders++
+	if len(b.errs) == 0 {
+		return nil
+	}
+	err := b.errs[0]
+	b.errs = b.errs[1:]
+	return err
+}
+
+func (b *balky) Start(...string) error { return b.order() }
+
+func (b *balky) Control(svc.Cmd) (svc.Status, error) { return svc.Status{}, b.order() }
+
+func (b *balky) Query() (svc.Status, error) {
+	now := b.states[0]
+	if len(b.states) > 1 {
+		b.states = b.states[1:]
+	}
+	return svc.Status{State: now}, nil
+}
+
+// What the manager has no time for is tried again; what it refuses is not.
+func TestBusyManagerIsWaitedFor(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		do     func(controlled) error
+		errs   []error
+		states []svc.State
+		orders int
+		want   error
+	}{
+		{"start, locked", startService, []error{windows.ERROR_SERVICE_DATABASE_LOCKED}, []svc.State{svc.StartPending, svc.Running}, 2, nil},
+		{"start, locked while it started", startService, []error{windows.ERROR_SERVICE_DATABASE_LOCKED, windows.ERROR_SERVICE_ALREADY_RUNNING}, []svc.State{svc.Running}, 2, nil},
+		{"start, refused", startService, []error{windows.ERROR_ACCESS_DENIED}, []svc.State{svc.Stopped}, 1, windows.ERROR_ACCESS_DENIED},
+		{"stop, still starting", stopService, []error{windows.ERROR_SERVICE_CANNOT_ACCEPT_CTRL}, []svc.State{svc.StartPending, svc.StopPending, svc.Stopped}, 2, nil},
+		{"stop, ends already", stopService, []error{windows.ERROR_INVALID_SERVICE_CONTROL, windows.ERROR_INVALID_SERVICE_CONTROL}, []svc.State{svc.StopPending, svc.Stopped}, 2, nil},
+		{"stop, stopped", stopService, []error{windows.ERROR_SERVICE_NOT_ACTIVE}, []svc.State{svc.Stopped}, 1, nil},
+		{"stop, refused", stopService, []error{windows.ERROR_ACCESS_DENIED}, []svc.State{svc.Running}, 1, windows.ERROR_ACCESS_DENIED},
+	} {
+		b := &balky{errs: c.errs, states: c.states}
+		if err := c.do(b); !errors.Is(err, c.want) || b.orders != c.orders {
+			t.Errorf("%s: %v after %d orders", c.name, err, b.orders)
+		}
+	}
+}
+
+// The folder of the defaults is the system's, whatever the environment says.
+func TestProgramDataIsTheSystems(t *testing.T) {
+	t.Setenv("ProgramData", `C:\Users\Public`)
+	if err := fixedProgramData(); err != nil {
+		t.Fatal(err)
+	}
+	want, err := windows.KnownFolderPath(windows.FOLDERID_ProgramData, 0)
+	if err != nil || !strings.EqualFold(filepath.Dir(agent.DefaultConfigPath()), filepath.Join(want, "hotpatchd")) || strings.Contains(want, "Public") {
+		t.Errorf("%s, not below %s (%v)", agent.DefaultConfigPath(), want, err)
 	}
 }
