@@ -11,6 +11,9 @@ import (
 	"testing"
 )
 
+// noSpace is what this system says of a full disk.
+const noSpace = syscall.ENOSPC
+
 // What may not be replaced is refused by name before anything is written.
 func TestRefusedPlaces(t *testing.T) {
 	dll := func(d *disk) string { return d.path("lib/app.dll") }
