@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"os"
+	"runtime"
 	"strings"
 	"syscall"
 	"time"
@@ -91,7 +93,7 @@ func explainError(err error) (*control.Error, int) {
 		return unreachable(err)
 	case errors.As(err, &silent):
 		return &control.Error{Code: "not-reachable", Text: err.Error(),
-			Hint: "it is stopped, or hangs: systemctl status hotpatchd. What it has begun it carries through; what is applied stays applied meanwhile"}, exitNotReachable
+			Hint: "it is stopped, or hangs: " + askService + ". What it has begun it carries through; what is applied stays applied meanwhile"}, exitNotReachable
 	case errors.Is(err, context.Canceled):
 		return &control.Error{Code: control.CodeInternal, Text: "interrupted; what the daemon has begun it carries through", Hint: "hotpatch status"}, exitFailed
 	}
@@ -100,18 +102,45 @@ func explainError(err error) (*control.Error, int) {
 
 // unreachable says in words why nobody answers.
 func unreachable(err error) (*control.Error, int) {
-	e := &control.Error{Code: "not-reachable", Text: err.Error(), Hint: "is the service running? systemctl status hotpatchd, or hotpatchd service start"}
+	e := &control.Error{Code: "not-reachable", Text: err.Error(), Hint: "is the service running? " + askService}
 	where, _, _ := strings.Cut(err.Error(), ": ")
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		e.Text = where + ": nothing listens there; there is no such socket"
+		e.Text = where + ": nothing listens there; there is no such " + listener(runtime.GOOS)
 		e.Hint += "; a daemon that listens elsewhere: --socket ADDRESS. What is applied stays applied meanwhile"
 	case errors.Is(err, syscall.ECONNREFUSED):
 		e.Text = where + ": nothing listens there"
 		e.Hint += ". What is applied stays applied meanwhile"
 	case errors.Is(err, fs.ErrPermission):
 		e.Text = where + ": this user may not open it"
-		e.Hint = "the socket is open to all users; is it the right one? hotpatch --socket ADDRESS"
+		e.Hint = "the " + listener(runtime.GOOS) + " is open to all users; is it the right one? hotpatch --socket ADDRESS"
 	}
 	return e, exitNotReachable
+}
+
+// listener is what the daemon listens on.
+func listener(goos string) string {
+	if goos == "windows" {
+		return "pipe"
+	}
+	return "socket"
+}
+
+// askService is how to find out about the service on this machine.
+var askService = howToAsk(runtime.GOOS, bootedBySystemd())
+
+func howToAsk(goos string, systemd bool) string {
+	switch {
+	case goos == "windows":
+		return "sc query hotpatchd, or hotpatchd service start"
+	case systemd:
+		return "systemctl status hotpatchd, or hotpatchd service start"
+	}
+	return "there is no systemd here: ask the supervisor that runs hotpatchd run, or start that yourself"
+}
+
+// bootedBySystemd is sd_booted(3).
+func bootedBySystemd() bool {
+	_, err := os.Stat("/run/systemd/system")
+	return err == nil
 }

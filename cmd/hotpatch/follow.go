@@ -135,7 +135,7 @@ func (s *session) wait(caller context.Context, w waiting, timeout time.Duration)
 			}
 			if last == nil {
 				return &control.Error{Code: control.CodeIncomplete, Text: fmt.Sprintf("the daemon at %s did not answer within %v", s.socket, max(timeout, firstAnswer)),
-					Hint: "is it stopped, or does it hang? systemctl status hotpatchd"}
+					Hint: "is it stopped, or does it hang? " + askService}
 			}
 			if err := last(); err != nil {
 				return err

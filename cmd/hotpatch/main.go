@@ -63,6 +63,7 @@ func command(ctx context.Context, args []string, stdout, stderr io.Writer, geten
 	s := &session{out: out, started: false}
 	s.screen = newScreen(terminal(stdout) && getenv("NO_COLOR") == "" && getenv("TERM") != "dumb", time.Local)
 	s.live = terminal(stdout)
+	s.screen.wide = !s.live
 	root := s.root(getenv("HOTPATCH_SOCKET"))
 	root.SetArgs(args)
 	root.SetOut(out)

@@ -1,6 +1,9 @@
 package main
 
 import (
+	"slices"
+	"unicode/utf8"
+
 	"github.com/spf13/cobra"
 
 	"hotpatchd/agent/control"
@@ -31,6 +34,10 @@ func (s *screen) policy(d *control.Settings) string {
 		for _, x := range all {
 			rows = append(rows, []string{x.Key, x.Value, x.Source})
 		}
+		if s.wide {
+			p.whole([]string{title, "VALUE", "FROM"}, rows)
+			return
+		}
 		p.table(s, []column{{title, 26, 12}, {"VALUE", 40, 16}, {title: "FROM"}}, rows, nil)
 	}
 	table("POLICY", d.Policy)
@@ -39,4 +46,23 @@ func (s *screen) policy(d *control.Settings) string {
 	p.blank()
 	p.line("The policy is read anew when it changes; the configuration when the daemon starts.")
 	return p.String()
+}
+
+// whole prints rows in columns without shortening or wrapping anything: for
+// programs that read them.
+func (p *page) whole(titles []string, rows [][]string) {
+	rows = slices.Concat([][]string{titles}, rows)
+	widths := make([]int, len(titles))
+	for _, row := range rows {
+		for i, cell := range row {
+			widths[i] = max(widths[i], utf8.RuneCountInString(clean(cell)))
+		}
+	}
+	for _, row := range rows {
+		line := ""
+		for i, cell := range row {
+			line += pad(clean(cell), widths[i]+2)
+		}
+		p.line("%s", line)
+	}
 }

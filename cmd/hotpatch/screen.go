@@ -19,9 +19,12 @@ const width = 100
 type screen struct {
 	colour bool
 	zone   *time.Location
+	wide   bool // nobody looks: values that people may want whole are not shortened
 }
 
-func newScreen(colour bool, zone *time.Location) *screen { return &screen{colour, zone} }
+func newScreen(colour bool, zone *time.Location) *screen {
+	return &screen{colour: colour, zone: zone}
+}
 
 // Colours repeat what the word beside them says.
 const (

@@ -335,3 +335,33 @@ func TestCheckCode(t *testing.T) {
 		}
 	}
 }
+
+// The hint names what is on this machine.
+func TestHowToAskTheService(t *testing.T) {
+	for _, c := range []struct {
+		goos    string
+		systemd bool
+		want    string
+	}{{"windows", false, "sc query hotpatchd"}, {"linux", true, "systemctl status hotpatchd"}, {"linux", false, "hotpatchd run"}} {
+		if got := howToAsk(c.goos, c.systemd); !strings.Contains(got, c.want) || c.want != "systemctl status hotpatchd" && strings.Contains(got, "systemctl") {
+			t.Errorf("%s, systemd %v: %s", c.goos, c.systemd, got)
+		}
+	}
+	if listener("windows") != "pipe" || listener("linux") != "socket" {
+		t.Error("what the daemon listens on")
+	}
+}
+
+// Piped, a value is whole, however long.
+func TestPipedPolicyIsWhole(t *testing.T) {
+	d, long := settingsDoc(), strings.Repeat("long/", 40)
+	d.Configuration = append(d.Configuration, control.Setting{Key: "state_dir", Value: long, Source: "here"})
+	s := newScreen(false, time.UTC)
+	if strings.Contains(s.policy(d), long) {
+		t.Error("a person's screen has a column of 200 characters")
+	}
+	s.wide = true
+	if got := s.policy(d); !strings.Contains(got, long+"  here\n") || strings.Contains(got, "…") {
+		t.Errorf("shortened:\n%s", got)
+	}
+}

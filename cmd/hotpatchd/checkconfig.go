@@ -220,16 +220,24 @@ func (c *checker) state(cfg *agent.Config) {
 }
 
 func (c *checker) control(cfg *agent.Config) {
-	group := cfg.Control.Group
+	group, owner := cfg.Control.Group, owners(runtime.GOOS)
 	if group == "" {
-		c.ok("control", "%s; root only may change things", cfg.Control.Socket)
+		c.ok("control", "%s; %s only may change things", cfg.Control.Socket, owner)
 		return
 	}
 	if _, err := user.LookupGroup(group); err != nil {
-		c.note("control", "%s; there is no group %s, so that root only may change things", cfg.Control.Socket, group)
+		c.note("control", "%s; there is no group %s, so that %s only may change things", cfg.Control.Socket, group, owner)
 		return
 	}
-	c.ok("control", "%s; root and group %s may change things", cfg.Control.Socket, group)
+	c.ok("control", "%s; %s and group %s may change things", cfg.Control.Socket, owner, group)
+}
+
+// owners are those who may change things without being in any group of ours.
+func owners(goos string) string {
+	if goos == "windows" {
+		return "the system and Administrators"
+	}
+	return "root"
 }
 
 func (c *checker) backend(cfg *agent.Config) {

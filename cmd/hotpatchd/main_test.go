@@ -107,7 +107,7 @@ func TestCheckConfig(t *testing.T) {
 			"ok      policy      FOLDER/policy.toml\n",
 			"note    repository  none; and no FOLDER/root.json, so that no release can be verified at all\n",
 			"ok      state       FOLDER/state does not exist yet, and can be made\n",
-			"ok      control     FOLDER/c.sock; root only may change things\n",
+			"ok      control     FOLDER/c.sock; " + owners(runtime.GOOS) + " only may change things\n",
 			"ok      facts       FOLDER/facts.toml\n",
 			"ok      backend     sim: ",
 		}},
@@ -124,7 +124,7 @@ func TestCheckConfig(t *testing.T) {
 			put(t, d+"/scene.toml", scene+"x = 1\n")
 		}, 1, []string{
 			"WRONG   2 things that FOLDER/config.toml names must be mended.\n",
-			"wrong   policy      FOLDER/policy.toml:3:8: mode: \"x\" is none of \"automatic\", \"manual\"\n                      3 | mode = \"x\"\n",
+			"wrong   policy      FOLDER/policy.toml:3:8: mode: \"x\" is none of \"automatic\", \"approved\", \"manual\"\n                      3 | mode = \"x\"\n",
 			"wrong   backend     ",
 		}},
 		{"files that anybody writes", strings.Replace(sim, "URL", "", 1), func(d string) {
@@ -151,7 +151,7 @@ func TestCheckConfig(t *testing.T) {
 		{"a group that is not there", strings.Replace(sim, "URL", "", 1), func(d string) {
 			b, _ := os.ReadFile(d + "/config.toml")
 			put(t, d+"/config.toml", strings.Replace(string(b), `group = ""`, `group = "no-such-group"`, 1))
-		}, 0, []string{"note    control     FOLDER/c.sock; there is no group no-such-group, so that root only may change things\n"}},
+		}, 0, []string{"note    control     FOLDER/c.sock; there is no group no-such-group, so that " + owners(runtime.GOOS) + " only may change things\n"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			folder, path := configured(t, c.config)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"unsafe"
 
@@ -105,7 +106,11 @@ func (calls) Engine() (bool, error) {
 func status(err error) error {
 	var s windows.NTStatus
 	if errors.As(err, &s) {
-		return fmt.Errorf("%w (NTSTATUS %#x)", err, uint32(s))
+		number := fmt.Sprintf("NTSTATUS %#x", uint32(s))
+		if strings.Contains(err.Error(), number) { // a number is all that x/sys has for it
+			return err
+		}
+		return fmt.Errorf("%w (%s)", err, number)
 	}
 	return err
 }
