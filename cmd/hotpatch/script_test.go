@@ -18,6 +18,12 @@ import (
 	"hotpatchd/agent/control"
 )
 
+// A program that does not start is tried again so often, with a rest between.
+const (
+	startTries = 5
+	startPause = 200 * time.Millisecond
+)
+
 func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){
 		"hotpatch": func() { os.Exit(run()) },
@@ -95,9 +101,14 @@ func TestScripts(t *testing.T) {
 			},
 			// code N COMMAND...: the command ends with this exit code.
 			"code": func(ts *testscript.TestScript, neg bool, args []string) {
-				err := ts.Exec(args[1], args[2:]...)
-				code := 0
 				var e interface{ ExitCode() int }
+				err := ts.Exec(args[1], args[2:]...)
+				// Under Wine on a busy machine a program may not even start.
+				for try := 1; try < startTries && runtime.GOOS == "windows" && err != nil && !errors.As(err, &e); try++ {
+					time.Sleep(startPause)
+					err = ts.Exec(args[1], args[2:]...)
+				}
+				code := 0
 				if errors.As(err, &e) {
 					code = e.ExitCode()
 				} else if err != nil {
