@@ -97,7 +97,9 @@ func TestStartsAreFoundByTheirEvents(t *testing.T) {
 	before := c.lists.Load()
 	r.begin(100, "mingw/app.dll")
 	r.runs(100, "R1")
-	r.begin(101)
+	// One that may be on its way to its images: it is looked at for longest.
+	_, err := r.m.Start(sim.Process{PID: 101, Regions: []sim.Region{{At: 0x10_0000, Size: target.PageSize, Prot: "r-x"}}})
+	must(t, err)
 	must(t, r.until(func() string { // it was looked into without the image
 		found := false
 		r.inLoop(func(a *Agent) { found = a.procs[a.lives[101]] != nil })
@@ -106,7 +108,7 @@ func TestStartsAreFoundByTheirEvents(t *testing.T) {
 		}
 		return ""
 	}))
-	_, err := r.m.LoadModule(101, sim.Module{File: "mingw/app.dll"})
+	_, err = r.m.LoadModule(101, sim.Module{File: "mingw/app.dll"})
 	must(t, err)
 	r.runs(101, "R1")
 	r.m.Exec(101, sim.Process{Modules: []sim.Module{{File: "mingw/app.dll"}}})

@@ -46,7 +46,7 @@ func plainDevice(b *testing.B) *device {
 		need(b, "root: the kernel tells nobody else of process starts")
 	}
 	d := newDevice(b, appFix)
-	d.policy("deny = [\"user:root\"]\n")
+	d.policy("deny = [\"user:root\"]\ncanary = \"0s\"\n")
 	text, err := os.ReadFile(d.config)
 	if err != nil {
 		b.Fatal(err)

@@ -58,6 +58,7 @@ func (p *process) describe() target.Info {
 	i.ID = p.id
 	i.Guards = slices.Clone(i.Guards)
 	i.Change = p.change
+	i.Bare = !slices.ContainsFunc(p.mem.maps, func(x *mapping) bool { return x.Prot&target.Exec != 0 })
 	return i
 }
 
