@@ -39,6 +39,9 @@ func checkConfigCommand(c *command, args []string, out, errOut io.Writer) int {
 	cfg, _, err := agent.LoadManagedConfig(*path, management())
 	if err != nil {
 		fmt.Fprintf(out, "WRONG   %v\n", err)
+		if errors.Is(err, fs.ErrNotExist) {
+			fmt.Fprintf(out, "to do   %s\n", writeConfig(*path))
+		}
 		return exitFailed
 	}
 	findings := check(cfg)

@@ -38,8 +38,8 @@ func TestCommandLine(t *testing.T) {
 		{"service fly", 2, "", "there is no service fly"},
 		{"service stop --print", 2, "", "flag provided but not defined"},
 		{"start x", 2, "", `start takes no argument "x"`},
-		{"run --config does/not/exist.toml", 1, "", "hint: hotpatchd check-config --config does/not/exist.toml"},
-		{"check-config --config does/not/exist.toml", 1, "WRONG   cannot read the configuration", ""},
+		{"run --config does/not/exist.toml", 1, "", "hint: write does/not/exist.toml; one line is enough"},
+		{"check-config --config does/not/exist.toml", 1, "to do   write does/not/exist.toml; one line is enough to begin: format = \"hotpatchd-config/1\"", ""},
 	} {
 		code, out, errOut := call(strings.Fields(c.args)...)
 		if code != c.code || !strings.Contains(out, c.out) || !strings.Contains(errOut, c.err) {

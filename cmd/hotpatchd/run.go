@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/signal"
+	"runtime"
 	"runtime/debug"
 	"runtime/pprof"
 	"syscall"
@@ -115,6 +117,9 @@ func bounded(ctx context.Context, limit time.Duration, fn func() error) error {
 // once the daemon serves.
 func runConfigured(ctx context.Context, path string, log *zap.Logger, ready func()) error {
 	c, shown, err := agent.LoadManagedConfig(path, management())
+	if errors.Is(err, fs.ErrNotExist) {
+		return &hintedError{err, writeConfig(path)}
+	}
 	if err != nil {
 		return &hintedError{err, "hotpatchd check-config --config " + path}
 	}
@@ -131,6 +136,9 @@ func runConfigured(ctx context.Context, path string, log *zap.Logger, ready func
 
 	serving := make(chan struct{})
 	h, err := newHeart(c, shown, backend, log, func() { close(serving) })
+	if errors.Is(err, fs.ErrPermission) {
+		return &hintedError{err, "run it as " + owners(runtime.GOOS) + ": only they reach into processes of others; or set state_dir and [control] socket to places of this user's own"}
+	}
 	if err != nil {
 		return err
 	}

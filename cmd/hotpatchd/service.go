@@ -111,10 +111,12 @@ type idle struct{}
 func (idle) Start(service.Service) error { return nil }
 func (idle) Stop(service.Service) error  { return nil }
 
-// firstConfig is written where there is no configuration yet.
-const firstConfig = `# Configuration of hotpatchd. Everything but format has a default, which is shown.
+// firstConfig is written where there is no configuration yet. A test holds it
+// to the keys that there are.
+const firstConfig = `# Configuration of hotpatchd. Every key but format has a default, which the line with # shows.
 # After a change: hotpatchd check-config, then restart the service.
 format = "hotpatchd-config/1"
+# state_dir = "%STATE%"
 
 [repository]
 # url = ""                  # https://…, or file:///… for a folder that holds metadata/ and targets/
@@ -122,10 +124,42 @@ format = "hotpatchd-config/1"
 # check_every = "5m"
 # products = ["*"]
 # images = ["*"]            # images of other names are left alone
+# proxy = ""                # the next three are for https
+# ca_file = ""
+# client_cert = ""
 
 [policy]
 # file = "%POLICY%"         # the owner's word; without it the device is not enrolled
+
+[control]
+# socket = "%SOCKET%"
+# group = "hotpatch"        # members may change things; "": nobody but the administrators of the system
+
+[backend]
+# name = "auto"
+# scan_every = "2s"
+# scene = ""                # with name = "sim" only
+
+[eligibility]
+# profile = "auto"
+# facts = ""                # with the backend "sim" only
+
+[metrics]
+# listen = ""               # a loopback address and port
+# textfile = ""
+
+[report]
+# url = ""                  # https://…, where the device reports how it stands
+# every = "1h"
+# proxy = ""
+# ca_file = ""
+# client_cert = ""
 `
+
+// writeConfig is how somebody whose system has no service manager begins.
+func writeConfig(path string) string {
+	return "write " + path + `; one line is enough to begin: format = "hotpatchd-config/1"`
+}
 
 // ensureConfig writes a first configuration where there is none, and never
 // touches one that is there.
@@ -137,7 +171,8 @@ func (i installer) ensureConfig() error {
 		return fmt.Errorf("cannot look at the configuration: %w", err)
 	}
 	d := agent.DefaultConfig()
-	text := strings.NewReplacer("%ROOT%", tomlPath(d.Repository.Root), "%POLICY%", tomlPath(d.Policy.File)).Replace(firstConfig)
+	text := strings.NewReplacer("%ROOT%", tomlPath(d.Repository.Root), "%POLICY%", tomlPath(d.Policy.File),
+		"%STATE%", tomlPath(d.StateDir), "%SOCKET%", tomlPath(d.Control.Socket)).Replace(firstConfig)
 	if err := os.MkdirAll(filepath.Dir(i.config), 0o755); err != nil {
 		return fmt.Errorf("cannot write a first configuration: %w", err)
 	}

@@ -31,7 +31,7 @@ func underManager(work func(context.Context, func()) error) error { return inFor
 func (i installer) manager(unit string) (service.Service, error) {
 	if _, err := os.Stat(systemdRuns); err != nil {
 		return nil, &hintedError{errors.New("this system was not booted with systemd, so that there is no service to speak of"),
-			"let your own supervisor run: " + i.exe + " run --config " + i.config}
+			i.withoutManager()}
 	}
 	if err := needRoot(os.Geteuid()); err != nil {
 		return nil, err
@@ -46,6 +46,15 @@ func (i installer) manager(unit string) (service.Service, error) {
 		return nil, fmt.Errorf("cannot install: the service manager here is %s, only systemd is supported", s.Platform())
 	}
 	return s, nil
+}
+
+// withoutManager says how to begin on a system without systemd.
+func (i installer) withoutManager() string {
+	text := "let your own supervisor run: " + i.exe + " run --config " + i.config
+	if _, err := os.Stat(i.config); errors.Is(err, fs.ErrNotExist) {
+		text = writeConfig(i.config) + "; then " + text
+	}
+	return text
 }
 
 // needRoot says beforehand what systemd would refuse halfway.

@@ -4,9 +4,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
+	"regexp"
 	"runtime"
 	"strings"
 	"testing"
+
+	"hotpatchd/agent"
 )
 
 func TestUnitText(t *testing.T) {
@@ -125,6 +129,25 @@ func TestFirstConfiguration(t *testing.T) {
 	if code, out, _ := call("check-config", "--config", path); strings.Contains(out, "no such key") || strings.Contains(out, path+":") {
 		t.Errorf("exit %d: the first configuration cannot be read:\n%s", code, out)
 	}
+	// Every key is shown with its default: all of them uncommented change nothing.
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	put(t, path, regexp.MustCompile(`(?m)^# ([a-z_]+ = )`).ReplaceAllString(string(b), "$1"))
+	got, shown, err := agent.LoadManagedConfig(path, nil)
+	if err != nil {
+		t.Fatalf("with every key set: %v", err)
+	}
+	for _, x := range shown {
+		if x.Source == "default" {
+			t.Errorf("%s is not shown in the first configuration", x.Key)
+		}
+	}
+	want := agent.DefaultConfig()
+	if want.File = path; !reflect.DeepEqual(got, want) {
+		t.Errorf("with every key set: %+v\nnot the defaults: %+v", got, want)
+	}
 	put(t, path, "mine")
 	if err := i.ensureConfig(); err != nil {
 		t.Fatal(err)
@@ -144,7 +167,7 @@ func TestNoSystemdIsSaid(t *testing.T) {
 	config := filepath.Join(t.TempDir(), "config.toml")
 	for _, args := range [][]string{{"service", "install"}, {"install"}, {"service", "start"}, {"uninstall"}, {"stop"}, {"service", "restart"}} {
 		code, out, errOut := call(append(args, "--config", config)...)
-		if code != exitFailed || out != "" || !strings.Contains(errOut, "not booted with systemd") || !strings.Contains(errOut, "hint: ") {
+		if code != exitFailed || out != "" || !strings.Contains(errOut, "not booted with systemd") || !strings.Contains(errOut, "hint: write "+config+"; one line is enough") {
 			t.Errorf("%v: exit %d, %q, %q", args, code, out, errOut)
 		}
 	}
