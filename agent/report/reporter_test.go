@@ -99,6 +99,7 @@ func TestReporterReportsChangesAndRegularly(t *testing.T) {
 			d.Changed()
 			time.Sleep(100 * time.Millisecond)
 		}
+		time.Sleep(3 * time.Minute)
 		if d.keys() != "k" {
 			t.Errorf("nothing changed: %q", d.keys())
 		}
