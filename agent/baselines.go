@@ -29,6 +29,7 @@ type standing struct {
 	Sequence uint32            `json:"sequence"`
 	Since    control.Time      `json:"since"`
 	Builds   []repository.Base `json:"builds,omitempty"`
+	Places   []string          `json:"places,omitempty"`   // destinations
 	Previous *standing         `json:"previous,omitempty"` // as long as its files are kept
 }
 
@@ -314,6 +315,16 @@ func (a *Agent) builds(choices map[string]choice, wanted map[string]repository.O
 		add(product, o.ID, o.Files)
 	}
 	return out
+}
+
+// outdated tells by which baseline in force an image is older than its file on
+// disk: its process started before; "" if by none.
+func (v View) outdated(product string, im *ImageView) string {
+	path := strings.TrimSuffix(im.Path, " (deleted)") // proc_pid_maps(5): its name is another file's now
+	if s, ok := v.Standing[product]; ok && path != "" && slices.Contains(s.Places, path) {
+		return s.ID
+	}
+	return ""
 }
 
 // fixedBuild is a build that a release has put, or will put, on the disk.

@@ -101,7 +101,11 @@ func (a *Agent) stageSet(ctx context.Context, o repository.Offer) (baseline.Reco
 	if unknown := unknownFeatures(r.Requires.Features); len(unknown) > 0 {
 		return baseline.Record{}, fmt.Errorf("it needs the feature %q, which this daemon does not have", unknown[0])
 	}
-	info, err := json.Marshal(staging{Kind: o.Kind, Standing: standing{ID: o.ID, Month: o.Month, Sequence: o.Sequence, Builds: o.Files}})
+	stands := standing{ID: o.ID, Month: o.Month, Sequence: o.Sequence, Builds: o.Files}
+	for _, f := range r.Files {
+		stands.Places = append(stands.Places, f.Destination)
+	}
+	info, err := json.Marshal(staging{Kind: o.Kind, Standing: stands})
 	if err != nil {
 		return baseline.Record{}, err
 	}

@@ -32,6 +32,7 @@ type View struct {
 	Word     func(release string) (reason, bool) // somebody's word takes this release out
 	Ready    func(release string) bool           // verified and loaded
 	Builds   map[string][]fixedBuild             // by product: what is fixed on disk
+	Standing map[string]standing                 // by product: the baselines in force
 	Deny     func(info target.Info, name, path string) (reason, bool)
 	InScope  func(image string) bool
 	Procs    []Proc
@@ -219,6 +220,11 @@ func decideProduct(v View, p *Proc, im *ImageView, product string) (Intent, bool
 		in.State, in.Reason = control.Fixed, because("fixed", "its file is the one of %s", id)
 		return in, true
 	}
+	if id := v.outdated(product, im); id != "" && !same {
+		in.State, in.Remedy = control.Blocked, control.RemedyRestartProcess
+		in.Reason = because("older-file", "it started before %s took effect and runs the older file", id)
+		return in, true
+	}
 	switch {
 	case !named:
 		return in, false
@@ -274,6 +280,9 @@ func decideLive(v View, in Intent, rec patcher.Record, c choice) Intent {
 	}
 	if in, stands := v.gate(in); stands {
 		return in
+	}
+	if !same && v.outdated(in.Product, in.Image) != "" {
+		return in // what is for the file on disk says nothing of the older one
 	}
 	if !same {
 		in.Reason = because("replaced", "%s no longer names this image", c.Want.ID)

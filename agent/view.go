@@ -37,6 +37,7 @@ func (a *Agent) view(forced string) (View, wishes) {
 		Deny: a.deniedByPolicy,
 	}
 	v.Paused, v.Lost, v.Chosen, v.Trial, v.Harms = a.paused(), a.lost(), w.Installed, a.trial(), a.harms
+	v.Standing = maps.Clone(a.bases.standing)
 	v.Builds = a.builds(v.Choices, a.filesWanted(w, v.Choices, now))
 	records := a.recordsByImage()
 	for _, p := range a.hosts {

@@ -462,3 +462,45 @@ func TestChangedBehindOurBack(t *testing.T) {
 		})
 	}
 }
+
+// A step of the activation fails, and we die in any step of taking it back: the
+// next life ends it, all old or all new.
+func TestFailsThenDies(t *testing.T) {
+	deaths := 0
+	for n := range 14 {
+		if testing.Short() && n%4 != 0 {
+			continue
+		}
+		for m := n + 1; ; m++ {
+			d := newDisk(t)
+			d.stage()
+			at := 0
+			dead := dies(d, 0, func() {
+				d.x.fault = func(string) error {
+					switch at++; {
+					case at == n+1:
+						return noSpace
+					case at > m:
+						panic(died{})
+					}
+					return nil
+				}
+				d.x.Activate("acme", "boot-2", noon)
+			})
+			if dead {
+				deaths++
+			}
+			d.recover()
+			if s := d.state(); s != "old" && s != "new" {
+				t.Fatalf("step %d fails, death at %d: %s", n, m, s)
+			}
+			finish(d)
+			if !dead {
+				break
+			}
+		}
+	}
+	if deaths < 5 {
+		t.Errorf("only %d deaths", deaths)
+	}
+}

@@ -104,8 +104,10 @@ func TestBaseline(t *testing.T) {
 	old.Exit()
 
 	reboots(t, d.dir, 1)
+	early := start() // with the older file: it is there before the daemon
 	d.start()
 	same("plain/app.dll")
+	d.becomes(early.PID, control.Patched)
 	if st := d.status(); st.RestartRequired || st.Baseline.ID != "ACME-B1" || !st.Baseline.Current {
 		t.Errorf("%+v, restart required %t", st.Baseline, st.RestartRequired)
 	}
@@ -123,6 +125,12 @@ func TestBaseline(t *testing.T) {
 	if v := next.Value(); v != 43 {
 		t.Errorf("it answers %d", v)
 	}
+	// The release for the new file does not take the fix out of the older one.
+	if im := d.image(early.PID); im == nil || im.State != control.Patched || im.Release != "ACME-1" || early.Value() != 43 {
+		t.Errorf("%+v", im)
+	}
+	early.Healthy()
+	early.Exit()
 
 	a := d.hotpatch(0, "rollback", "ACME-B1")
 	says(t, "rollback", a.out, "next restart")

@@ -1,0 +1,66 @@
+package agent
+
+import (
+	"testing"
+
+	"hotpatchd/agent/control"
+	"hotpatchd/agent/release"
+	"hotpatchd/agent/repository"
+	"hotpatchd/patcher"
+	"hotpatchd/patcher/target"
+	"hotpatchd/pe"
+)
+
+// After a baseline: its builds are fixed, older files of running processes are
+// told, and keep the fix that they have.
+func TestDecideOnFiles(t *testing.T) {
+	id := func(n uint32) pe.Identity {
+		return pe.Identity{Machine: 0x8664, SizeOfImage: 4096 * n, TimeDateStamp: n, RSDS: "x"}
+	}
+	want := &repository.Offer{ID: "H1", Product: "p", Kind: release.KindHotpatch, Baseline: "B1", Sequence: 1,
+		Bases: []repository.Base{{Name: "app.dll", Identity: id(9)}}}
+	for name, c := range map[string]struct {
+		im     ImageView
+		state  control.ImageState
+		code   string
+		remedy control.Remedy
+	}{
+		"the build of the baseline": {ImageView{Name: "app.dll", Path: "/opt/app.dll", Identity: id(1)}, control.Fixed, "fixed", ""},
+		"the file before it":        {ImageView{Name: "app.dll", Path: "/opt/app.dll (deleted)", Identity: id(2)}, control.Blocked, "older-file", control.RemedyRestartProcess},
+		"another file":              {ImageView{Name: "app.dll", Path: "/srv/app.dll", Identity: id(2)}, control.OtherBuild, "identity", control.RemedyAuthor},
+		"the file before it, fixed in memory": {ImageView{Name: "app.dll", Path: "/opt/app.dll (deleted)", Identity: id(2),
+			Records: map[string]patcher.Record{"p": {Product: "p", Release: "R1", Sequence: 7, State: patcher.Applied}}}, control.Patched, "", ""},
+	} {
+		v := View{Eligible: true, Choices: map[string]choice{"p": {Product: "p", Want: want, Latest: want}},
+			Standing: map[string]standing{"p": {ID: "B1", Places: []string{"/opt/app.dll"}}},
+			Builds:   map[string][]fixedBuild{"p": {{"B1", repository.Base{Name: "app.dll", Identity: id(1)}}}},
+			Word:     func(string) (reason, bool) { return reason{}, false }, Ready: func(string) bool { return true },
+			InScope: func(string) bool { return true }, Deny: func(target.Info, string, string) (reason, bool) { return reason{}, false },
+			Procs: []Proc{{Info: target.Info{ID: target.ID{PID: 1}}, Images: []ImageView{c.im}}}}
+		got := decide(v)
+		if len(got) != 1 || got[0].Kind != DoNothing || got[0].State != c.state || got[0].Reason.Code != c.code || got[0].Remedy != c.remedy {
+			t.Errorf("%s: %+v", name, got)
+		}
+	}
+}
+
+// A release that is made for the baseline in force comes before one for any, and
+// a baseline never goes back by itself.
+func TestChooseOnBaselines(t *testing.T) {
+	any := repository.Offer{ID: "A", Product: "p", Kind: release.KindHotpatch, Sequence: 9, Rollout: repository.Rollout{Percent: 100}}
+	own := repository.Offer{ID: "Z", Product: "p", Kind: release.KindHotpatch, Baseline: "B1", Sequence: 1, Rollout: repository.Rollout{Percent: 100}}
+	w := wishes{Hold: func(string) (reason, bool) { return reason{}, false }, Mode: Automatic}
+	for standing, want := range map[string]string{"": "A", "B1": "Z", "B2": "A"} {
+		d := device{OS: "linux", Arch: "amd64", Baselines: map[string]string{"p": standing, "other": "B1"}}
+		if c := choose([]repository.Offer{any, own}, d, w, noon, true)["p"]; c.Want == nil || c.Want.ID != want {
+			t.Errorf("on the baseline %q: %+v, want %s", standing, c.Want, want)
+		}
+	}
+	in := standing{ID: "B1", Month: "2026-10", Sequence: 1}
+	for month, fits := range map[string]bool{"2026-07": false, "2026-10": false, "2027-01": true, "": false} {
+		o := repository.Offer{ID: "X", Product: "p", Kind: release.KindBaseline, Month: month, Sequence: 1}
+		if _, ok := fitsFiles(o, device{}, in); ok != fits {
+			t.Errorf("a baseline of %q over one of 2026-10: %t", month, ok)
+		}
+	}
+}
