@@ -166,7 +166,7 @@ func (a *Agent) Explain(ctx context.Context, _ control.Caller, pid int, address 
 				end := im.Base + target.Addr(im.Identity.SizeOfImage)
 				if at := target.Addr(address); at >= im.Base && at < end {
 					doc.Kind, doc.Image, doc.Offset = "image", im.Name, uint64(at-im.Base)
-					doc.Text = fmt.Sprintf("in %s, %x bytes from its base", im.Name, doc.Offset)
+					doc.Text = fmt.Sprintf("in %s, 0x%x bytes from its base", im.Name, doc.Offset)
 				}
 			}
 		}
@@ -222,10 +222,14 @@ func (a *Agent) Diagnose(ctx context.Context, c control.Caller) ([]byte, error) 
 	if err != nil {
 		return nil, err
 	}
+	settings, err := a.Policy(ctx, c) // as on a screen: a proxy's password is taken out of it
+	if err != nil {
+		return nil, err
+	}
 	var buf bytes.Buffer
 	z := zip.NewWriter(&buf)
 	put := func(name string, v any) error {
-		f, err := z.Create(name)
+		f, err := z.CreateHeader(&zip.FileHeader{Name: name, Method: zip.Deflate, Modified: a.o.Now().UTC()})
 		if err != nil {
 			return err
 		}
@@ -235,7 +239,7 @@ func (a *Agent) Diagnose(ctx context.Context, c control.Caller) ([]byte, error) 
 	}
 	recs := a.allRecords()
 	err = errors.Join(put("status.json", s.status), put("eligibility.json", s.eligibility), put("list.json", s.offers),
-		put("processes.json", s.processes), put("records.json", recs), put("history.json", h))
+		put("processes.json", s.processes), put("records.json", recs), put("history.json", h), put("settings.json", settings))
 	err = errors.Join(err, z.Close()) // before the bytes are taken: Close writes the directory
 	return buf.Bytes(), err
 }

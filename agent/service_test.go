@@ -16,6 +16,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"hotpatchd/agent/control"
 	"hotpatchd/agent/release"
@@ -139,6 +140,9 @@ func TestMetrics(t *testing.T) {
 // A support file has every document, and nothing of any process's memory.
 func TestDiagnose(t *testing.T) {
 	r := patchedRig(t, 1)
+	must(t, r.life.agent.call(context.Background(), func() {
+		r.life.agent.o.Settings = []control.Setting{{Key: "repository.url", Value: `"https://x.example"`, Source: "here"}}
+	}))
 	b, err := r.life.client.Diagnose(context.Background())
 	must(t, err)
 	z, err := zip.NewReader(bytes.NewReader(b), int64(len(b)))
@@ -153,12 +157,45 @@ func TestDiagnose(t *testing.T) {
 		if !json.Valid(text) {
 			t.Errorf("%s is no JSON: %.100s", f.Name, text)
 		}
+		if age := time.Since(f.Modified); age < -time.Hour || age > time.Hour {
+			t.Errorf("%s is of %v", f.Name, f.Modified)
+		}
+		if f.Name == "settings.json" && (!strings.Contains(string(text), "x.example") || !strings.Contains(string(text), "allow_hotpatch")) {
+			t.Errorf("not configuration and policy: %s", text)
+		}
 	}
-	for _, want := range []string{"status.json", "eligibility.json", "list.json", "processes.json", "records.json", "history.json"} {
+	for _, want := range []string{"status.json", "eligibility.json", "list.json", "processes.json", "records.json", "history.json", "settings.json"} {
 		if !slices.Contains(names, want) {
 			t.Errorf("%s is not in it: %v", want, names)
 		}
 	}
+}
+
+// The owner's checks tell that their file is refused, and that what it said before counts.
+func TestEligibilityOfARefusedPolicy(t *testing.T) {
+	r := patchedRig(t, 1)
+	found := func(want bool) func() string {
+		return func() string {
+			e, err := r.life.client.Eligibility(context.Background())
+			if err != nil || !e.Eligible {
+				return fmt.Sprintf("%+v %v", e, err)
+			}
+			told := 0
+			for _, c := range e.Checks {
+				if strings.Contains(c.Found, "= true; that is its last good state") && strings.Contains(c.Remedy, "mend "+r.cfg.Policy.File) {
+					told++
+				}
+			}
+			if (told == 2) != want {
+				return fmt.Sprintf("%d checks tell: %+v", told, e.Checks)
+			}
+			return ""
+		}
+	}
+	r.write("policy.toml", strings.Replace(goodPolicy, "enrolled", "enroled", 1))
+	must(t, r.until(found(true)))
+	r.write("policy.toml", goodPolicy)
+	must(t, r.until(found(false)))
 }
 
 // What happens is told as it happens: to subscribers, and as progress to who asked.

@@ -243,6 +243,10 @@ func (a *Agent) showEligibility() control.Eligibility {
 	for _, c := range a.verdict.Checks {
 		x := control.Check{ID: string(c.ID), Title: c.Title, Result: control.Result(c.Result), Waived: c.Waived, Wanted: c.Wanted,
 			Found: c.Found, Source: c.Source, Remedy: c.Remedy, Since: control.At(a.o.Now())}
+		if a.policyErr != nil && a.policy != nil && c.Source == a.policyPlace() {
+			x.Found += "; that is its last good state, which counts: it is refused as it stands now"
+			x.Remedy = "mend " + a.policyFault() + " (hotpatchd check-config shows the place)"
+		}
 		if o, ok := old[x.ID]; ok && o.Result == x.Result && o.Waived == x.Waived {
 			x.Since = o.Since
 		}
