@@ -137,7 +137,7 @@ func runConfigured(ctx context.Context, path string, log *zap.Logger, ready func
 	serving := make(chan struct{})
 	h, err := newHeart(c, shown, backend, log, func() { close(serving) })
 	if errors.Is(err, fs.ErrPermission) {
-		return &hintedError{err, "run it as " + owners(runtime.GOOS) + ": only they reach into processes of others; or set state_dir and [control] socket to places of this user's own"}
+		return &hintedError{err, "run it with the rights of " + owners(runtime.GOOS) + ", to reach into processes of others; or set state_dir and [control] socket to places of this user's own"}
 	}
 	if err != nil {
 		return err
