@@ -34,7 +34,7 @@ func (a *Agent) openReporting() {
 	if c.URL == "" {
 		return
 	}
-	carrier, err := report.NewHTTPS(report.Collector{URL: c.URL, Proxy: c.Proxy, CAFile: c.CAFile, ClientCert: c.ClientCert, Version: a.o.Version, Now: a.o.Now})
+	carrier, err := c.carrier(a.o.Version, a.o.Now)
 	var spool *report.Spool
 	if err == nil {
 		spool, err = report.OpenSpool(filepath.Join(a.o.Config.StateDir, "reports"), 0, 0)
@@ -49,6 +49,19 @@ func (a *Agent) openReporting() {
 		Said: func(o report.Outcome) { a.reported(r, o) },
 	}
 	a.reporting = r
+}
+
+func (c ReportConfig) carrier(version string, now func() time.Time) (*report.HTTPS, error) {
+	return report.NewHTTPS(report.Collector{URL: c.URL, Proxy: c.Proxy, CAFile: c.CAFile, ClientCert: c.ClientCert, Version: version, Now: now})
+}
+
+// Check tells what is wrong with the files that [report] names. It asks no network.
+func (c ReportConfig) Check() error {
+	if c.URL == "" {
+		return nil
+	}
+	_, err := c.carrier("", time.Now)
+	return err
 }
 
 // makeReport is called beside the loop: it reads what was published.

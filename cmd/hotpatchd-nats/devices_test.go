@@ -147,6 +147,7 @@ type device struct {
 	dir    string
 	spool  *report.Spool
 	client *control.Client
+	socket string
 	stop   func() error
 }
 
@@ -196,7 +197,8 @@ func startDevice(t testing.TB, n int, home string, repo *fleetRepository, broker
 
 	d.spool, err = report.OpenSpool(filepath.Join(d.dir, "spool"), 0, 0)
 	must(t, err)
-	d.client = control.Dial(cfg.Control.Socket)
+	d.socket = cfg.Control.Socket
+	d.client = control.Dial(d.socket)
 	log := slog.New(slog.DiscardHandler)
 	nc, err := (&settings{server: broker.url}).connect(log, nats.RetryOnFailedConnect(true), nats.CustomReconnectDelay(func(int) time.Duration {
 		return 100*time.Millisecond + time.Duration(random()*float64(time.Second))

@@ -366,3 +366,49 @@ func TestPermissionsOfTheReadme(t *testing.T) {
 		t.Error("a device reads the reports of all")
 	}
 }
+
+// The program's own words, one after the other, as the README has them.
+func TestCommands(t *testing.T) {
+	broker := newBroker(t)
+	repo := newRepository(t)
+	repo.publish(t, "R1", 1)
+	d := startDevice(t, 1, folder(t), repo, broker, time.Hour, func(b *bridge) { b.every = 24 * time.Hour })
+	defer func() { must(t, d.stop()) }()
+	do := func(args ...string) (int, string) {
+		var out, errOut strings.Builder
+		code := dispatch(context.Background(), append(args, "--server", broker.url), &out, &errOut)
+		return code, out.String() + errOut.String()
+	}
+	if code, said := do("setup"); code != exitDone || !strings.Contains(said, streamName) {
+		t.Errorf("%d, %s", code, said)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan int, 1)
+	go func() {
+		var out, errOut strings.Builder
+		ended <- dispatch(ctx, []string{"run", "--server", broker.url, "--socket", d.socket, "--spool", filepath.Join(d.dir, "another"), "--every", "2s", "--spread", "0s"}, &out, &errOut)
+	}()
+	dir := t.TempDir()
+	until(t, "the report of the device is pulled", func() string {
+		code, said := do("pull", "--dir", dir)
+		if _, err := os.Stat(filepath.Join(dir, d.id+".json")); code != exitDone || err != nil {
+			return fmt.Sprintf("%d, %s, %v", code, said, err)
+		}
+		return ""
+	})
+	repo.publish(t, "R2", 2)
+	until(t, "R2 comes by the order to look", func() string {
+		if code, said := do("look"); code != exitDone {
+			t.Fatalf("%d, %s", code, said)
+		}
+		st, err := d.client.Status(context.Background())
+		if err != nil || st.Release == nil || st.Release.ID != "R2" {
+			return fmt.Sprintf("%+v, %v", st, err)
+		}
+		return ""
+	})
+	cancel()
+	if code := <-ended; code != exitDone {
+		t.Errorf("run ends with %d", code)
+	}
+}

@@ -87,6 +87,7 @@ func check(cfg *agent.Config) []finding {
 	c.repository(cfg)
 	c.state(cfg)
 	c.control(cfg)
+	c.report(cfg)
 	c.backend(cfg)
 	return c.found
 }
@@ -176,6 +177,14 @@ func (c *checker) repository(cfg *agent.Config) {
 		c.note("repository", "none: releases come as files, verified to %s", r.Root)
 	default:
 		c.ok("repository", "%s; %s is a root of trust. Nothing was fetched: hotpatch check does that", r.URL, r.Root)
+	}
+}
+
+func (c *checker) report(cfg *agent.Config) {
+	if err := cfg.Report.Check(); err != nil {
+		c.wrong("report", "%v", err)
+	} else if cfg.Report.URL != "" {
+		c.ok("report", "%s, every %s. Nothing was sent", cfg.Report.URL, cfg.Report.Every)
 	}
 }
 
