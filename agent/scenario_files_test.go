@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -12,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"hotpatchd/agent/control"
 	"hotpatchd/agent/release"
 	"hotpatchd/agent/repository"
 	"hotpatchd/pe"
@@ -23,7 +25,8 @@ func init() {
 	commands["tidy"] = (*script).wantTidy       // nothing of ours lies on the disk
 	commands["baseline"] = (*script).doBaseline // ID PRODUCT MONTH NAME=OLD:NEW…
 	commands["publish-for"] = (*script).doPublishFor
-	commands["proof"] = (*script).doProof // DURATION: how long new files are on trial
+	commands["before"] = (*script).wantBefore // ACTION ACTION: the newest entries of history
+	commands["proof"] = (*script).doProof     // DURATION: how long new files are on trial
 }
 
 // onDisk is where files of the device lie that releases replace.
@@ -75,6 +78,24 @@ func (s *script) wantTidy([]string) error {
 			return err
 		})
 		return left
+	})
+}
+
+func (s *script) wantBefore(words []string) error {
+	return s.ask(func(ctx context.Context, c *control.Client) error {
+		h, err := c.History(ctx, 10000)
+		if err != nil {
+			return err
+		}
+		at := map[string]uint64{}
+		for _, e := range h.Entries {
+			at[e.Action] = max(at[e.Action], uint64(e.Seq))
+		}
+		first, then := at[arg(words, 0)], at[arg(words, 1)]
+		if first == 0 || then == 0 || first > then {
+			return fmt.Errorf("%s is entry %d, %s is entry %d", arg(words, 0), first, arg(words, 1), then)
+		}
+		return nil
 	})
 }
 
