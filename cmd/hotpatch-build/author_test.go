@@ -214,13 +214,13 @@ func TestTrial(t *testing.T) {
 		more      []string
 		plan      string
 	}{
-		{"demo/demo.dll", "demo/demo-fix.dll", 1, nil, "1 entries"},
+		{"demo/demo.dll", "demo/demo-fix.dll", 1, nil, "1 entry ("},
 		{"mingw/app.dll", "mingw/fix-ref-1.dll", 1, nil, "2 entries"},
 		{"mingw/app.dll", "mingw/fix-import-2.dll", 2, nil, "3 entries"},
 		{"mingw/app.dll", "mingw/fix-copy-2.dll", 2, nil, "3 entries"},
 		{"plain/app.dll", "mingw/fix-ref-1.dll", 1, nil, "2 entries"},
 		{"clang/app.dll", "clang/fix-import-2.dll", 2, nil, "two-byte jump"},
-		{"clang/app.dll", "clang/fix-marked-1.dll", 1, []string{"--function", "vuln"}, "1 entries"},
+		{"clang/app.dll", "clang/fix-marked-1.dll", 1, []string{"--function", "vuln"}, "1 entry ("},
 		{"entries/entries.dll", "entries/fix-entries.dll", 1, nil, "4 entries (1 by two-byte jump into owned filler, 3 by five-byte jump)"},
 		{"many/many.dll", "many/many-fix.dll", 1, nil, "100 entries"},
 	} {

@@ -52,7 +52,7 @@ addresses in the base. Declare variables with __declspec(dllimport).`,
 			for _, a := range ambiguous {
 				fmt.Fprintf(cmd.ErrOrStderr(), "warning: %s is left out: the base has it more than once\n", a)
 			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "wrote     %s (%d names of %s)\n", out, n, o.BaseName)
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "wrote     %s (%s of %s)\n", out, plural(n, "name", "names"), o.BaseName)
 			return err
 		},
 	}

@@ -316,7 +316,7 @@ func (v *imageView) print(w io.Writer) {
 		if i == 0 {
 			label = "Sections"
 		}
-		fmt.Fprintf(w, "%-12s %-10s %s  %8x  %8x bytes\n", label, s.Name, s.Prot, s.RVA, s.Size)
+		fmt.Fprintf(w, "%-12s %-10s %s  at %6x, %8d bytes\n", label, s.Name, s.Prot, s.RVA, s.Size)
 	}
 	fmt.Fprintf(w, "%-12s %d\n", "Exports", v.Exports)
 	fmt.Fprintf(w, "%-12s %s\n", "Imports", orNone(strings.Join(v.Imports, " ")))
@@ -327,14 +327,14 @@ func (v *imageView) print(w io.Writer) {
 		if lc.Hybrid {
 			hybrid = ", hybrid"
 		}
-		fmt.Fprintf(w, "%-12s at %x, %d bytes, guard flags %x, %d guarded functions%s\n", "Load config", lc.RVA, lc.Size, lc.GuardFlags, lc.Functions, hybrid)
+		fmt.Fprintf(w, "%-12s at %x, %d bytes, guard flags %x, %s%s\n", "Load config", lc.RVA, lc.Size, lc.GuardFlags, plural(lc.Functions, "guarded function", "guarded functions"), hybrid)
 	}
 	t := v.HotPatch
 	if t == nil {
 		fmt.Fprintf(w, "%-12s none\n", "Hot patch")
 		return
 	}
-	fmt.Fprintf(w, "%-12s table at %x, version %d, %d bytes, sequence %d, %d extra words a record\n", "Hot patch", t.RVA, t.Version, t.Size, t.Sequence, t.ExtraWords)
+	fmt.Fprintf(w, "%-12s table at %x, version %d, %d bytes, sequence %d, %s a record\n", "Hot patch", t.RVA, t.Version, t.Size, t.Sequence, plural(int(t.ExtraWords), "extra word", "extra words"))
 	for _, b := range t.Bases {
 		fmt.Fprintf(w, "%-12s stamp %x, checksum %x, flags %x\n", "Base", b.TimeStamp, b.CheckSum, b.Flags)
 		for _, r := range b.Records {

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -42,6 +43,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
+	completion(root)
 	cmd, err := root.ExecuteC()
 	if err == nil {
 		return 0
@@ -103,9 +105,10 @@ func rootCommand() *cobra.Command {
 		SilenceErrors: true,
 		Args:          cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return cmd.Help()
+			return &usageError{errors.New("no command is given; hotpatch-build --help lists them"), cmd.CommandPath()}
 		},
 	}
+	root.SetVersionTemplate(fmt.Sprintf("hotpatch-build {{.Version}}, %s, %s/%s\n", runtime.Version(), runtime.GOOS, runtime.GOARCH))
 	root.AddCommand(
 		imageCommand(),
 		implibCommand(),
@@ -209,4 +212,27 @@ func printJSON(w io.Writer, v any) error {
 	enc := json.NewEncoder(w)
 	enc.SetIndent("", "  ")
 	return enc.Encode(v)
+}
+
+// plural is "1 image" or "2 images".
+func plural(n int, one, several string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return fmt.Sprintf("%d %s", n, several)
+}
+
+// completion adds cobra's command of that name, whose output is the root's at
+// this moment, and refuses a shell that it does not know: cobra shows its help
+// and calls it a success.
+func completion(root *cobra.Command) {
+	root.InitDefaultCompletionCmd()
+	c, _, err := root.Find([]string{"completion"})
+	if err != nil || c == root {
+		return
+	}
+	c.Args = cobra.ArbitraryArgs
+	c.RunE = func(*cobra.Command, []string) error {
+		return &usageError{errors.New("completion needs a shell: bash, zsh, fish or powershell"), c.CommandPath()}
+	}
 }

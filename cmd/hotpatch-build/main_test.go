@@ -36,7 +36,7 @@ func TestReleaseToRepository(t *testing.T) {
 	dir := author(t)
 	in := func(name string) string { return filepath.Join(dir, name) }
 	out := must(t, "release", "--manifest", in("release.toml"), "-o", in("DEMO-1.hotpatch"))
-	if !strings.Contains(out, "DEMO-1, sequence 1, 1 images") {
+	if !strings.Contains(out, "DEMO-1, sequence 1, 1 image,") {
 		t.Error(out)
 	}
 	first, err := os.ReadFile(in("DEMO-1.hotpatch"))
@@ -57,7 +57,7 @@ func TestReleaseToRepository(t *testing.T) {
 	if out := must(t, "publish", "--repo", in("repo"), "--keys", in("keys"), in("DEMO-1.hotpatch")); !strings.Contains(out, "was published before, with the same content") {
 		t.Error(out)
 	}
-	if out := must(t, "repo", "verify", "--repo", in("repo")); !strings.HasPrefix(out, "SOUND   1 of 1 releases") {
+	if out := must(t, "repo", "verify", "--repo", in("repo")); !strings.HasPrefix(out, "SOUND   1 of 1 release verifies") || strings.Contains(out, " \n") {
 		t.Error(out)
 	}
 	var doc struct {
@@ -112,6 +112,9 @@ func TestExitCodes(t *testing.T) {
 		{"--help", 0, ""},
 		{"--version", 0, ""},
 		{"nothing", 2, "hint: hotpatch-build --help"},
+		{"", 2, "no command is given"},
+		{"completion foo", 2, "completion needs a shell"},
+		{"completion bash", 0, ""},
 		{"publish", 2, "hint: hotpatch-build publish --help"},
 		{"publish x.hotpatch", 2, `required flag(s) "keys", "repo" not set`},
 		{"publish --repo r --keys k --expires never x", 2, "is not a time like 30d or 12h"},

@@ -69,7 +69,7 @@ cves are like CVE-2026-0001. The same input gives the same bytes, always.`,
 			for _, w := range warned {
 				fmt.Fprintf(cmd.ErrOrStderr(), "warning: %s\n", w)
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "wrote %s: %s, sequence %d, %d images, %d bytes\n", output, m.ID, m.Sequence, len(m.Images)+len(m.Files), len(b))
+			fmt.Fprintf(cmd.OutOrStdout(), "wrote %s: %s, sequence %d, %s, %d bytes\n", output, m.ID, m.Sequence, plural(len(m.Images)+len(m.Files), "image", "images"), len(b))
 			return nil
 		},
 	}

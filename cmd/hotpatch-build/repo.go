@@ -1,7 +1,9 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -41,7 +43,7 @@ unless refresh --expires says otherwise) and names the command that renews it.`,
 				return withHint(err, "hotpatch-build refresh --repo %s --keys KEYS, also with root.pem or targets.pem in KEYS if it is theirs that ended", repo)
 			}
 			if err != nil {
-				return err
+				return authorsHint(err, repo)
 			}
 			if asJSON {
 				err = printJSON(cmd.OutOrStdout(), struct {
@@ -52,7 +54,7 @@ unless refresh --expires says otherwise) and names the command that renews it.`,
 				err = printReport(cmd, report)
 			}
 			if n := report.Problems(); err == nil && n > 0 {
-				return fmt.Errorf("%d of %d releases would be refused by devices", n, len(report.Releases))
+				return fmt.Errorf("%d of %s would be refused by devices", n, plural(len(report.Releases), "release", "releases"))
 			}
 			return err
 		},
@@ -63,15 +65,24 @@ unless refresh --expires says otherwise) and names the command that renews it.`,
 	return cmd
 }
 
+// authorsHint is for who signs a repository: the client's own hints are for devices.
+func authorsHint(err error, repo string) error {
+	if repository.CodeOf(err) == "" || repository.CodeOf(err) == repository.CodeConfig {
+		return err
+	}
+	return withHint(err, "restore the file from a copy; timestamp and snapshot are made anew by: hotpatch-build refresh --repo %s --keys KEYS", repo)
+}
+
 func printReport(cmd *cobra.Command, r repository.Report) error {
 	out := cmd.OutOrStdout()
 	n := len(r.Releases)
 	if r.Problems() == 0 {
-		fmt.Fprintf(out, "SOUND   %d of %d releases verify; root %d, timestamp %d, snapshot %d, targets %d\n\n", n, n, r.Root, r.Timestamp, r.Snapshot, r.Targets)
+		fmt.Fprintf(out, "SOUND   %d of %s; root %d, timestamp %d, snapshot %d, targets %d\n\n", n, plural(n, "release verifies", "releases verify"), r.Root, r.Timestamp, r.Snapshot, r.Targets)
 	} else {
-		fmt.Fprintf(out, "NOT SOUND   %d of %d releases do not verify\n\n", r.Problems(), n)
+		fmt.Fprintf(out, "NOT SOUND   %d of %s\n\n", r.Problems(), plural(n, "release does not verify", "releases do not verify"))
 	}
-	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	var table bytes.Buffer
+	w := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
 	for _, t := range r.Releases {
 		word := "good"
 		if t.Problem != "" {
@@ -84,6 +95,9 @@ func printReport(cmd *cobra.Command, r repository.Report) error {
 	}
 	if err := w.Flush(); err != nil {
 		return err
+	}
+	for line := range strings.Lines(table.String()) { // columns that nobody has anything in are blanks
+		fmt.Fprintln(out, strings.TrimRight(line, " \n"))
 	}
 	for _, warning := range r.Warnings {
 		fmt.Fprintf(cmd.ErrOrStderr(), "warning: %s\n", warning)

@@ -24,8 +24,9 @@ func rotateCommand() *cobra.Command {
 by the root key: under the first both keys count, under the second only the new one. Devices follow by
 themselves, at their next check. KEYS needs root.pem, for targets all four, and for snapshot and timestamp
 these two. If it is cut off the repository is still good, and the command can be run again.
-What a thief has signed with the old key counts no more; a release that was published with a stolen
-targets key stays listed until it is removed from the repository.`,
+What a thief has signed with the old key counts no more. A release that was published with a stolen
+targets key stays listed, and is signed anew with the rest: look at repo verify first, and take such a
+release out of all devices with rollout ID --halt --undo.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			role := args[0]

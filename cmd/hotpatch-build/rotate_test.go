@@ -26,8 +26,19 @@ func TestRotateCommand(t *testing.T) {
 		t.Errorf("%+v", h)
 	}
 	must(t, "refresh", "--repo", in("repo"), "--keys", in("keys"))
-	if out := must(t, "repo", "verify", "--repo", in("repo")); !strings.HasPrefix(out, "SOUND   1 of 1 releases verify; root 9,") {
+	if out := must(t, "repo", "verify", "--repo", in("repo")); !strings.HasPrefix(out, "SOUND   1 of 1 release verifies; root 9,") {
 		t.Error(out)
+	}
+	good, err := os.ReadFile(in("repo/metadata/timestamp.json"))
+	if err != nil || os.WriteFile(in("repo/metadata/timestamp.json"), good[:len(good)/2], 0o600) != nil {
+		t.Fatal(err)
+	}
+	// The author is no device.
+	if code, _, errs := command("repo", "verify", "--repo", in("repo")); code != 1 || !strings.Contains(errs, "hint: restore the file from a copy") || strings.Contains(errs, "applied fixes") {
+		t.Errorf("exit %d, %s", code, errs)
+	}
+	if err := os.WriteFile(in("repo/metadata/timestamp.json"), good, 0o600); err != nil {
+		t.Fatal(err)
 	}
 	if code, _, errs := command("rotate", "mirror", "--repo", in("repo"), "--keys", in("keys")); code != 2 || !strings.Contains(errs, `"mirror" is not a role`) {
 		t.Errorf("exit %d, %s", code, errs)

@@ -100,7 +100,7 @@ func tryImage(ctx context.Context, r *release.Release, n int, bases []baseFile) 
 		t.say("table", failed, "%v", err)
 		return t.checks
 	}
-	t.say("table", passed, "sequence %d, %d functions", r.Sequence, len(patch.Functions))
+	t.say("table", passed, "sequence %d, %s", r.Sequence, plural(len(patch.Functions), "function", "functions"))
 	if r.Unwind == release.UnwindRequired {
 		t.say("unwind", device, "unwind tables must be registered in the process: a backend that cannot leaves it blocked")
 	}
@@ -126,7 +126,7 @@ func (t *trial) findBase() (baseFile, error) {
 	if len(t.bases) == 0 {
 		return baseFile{}, errors.New("no --base was given")
 	}
-	return baseFile{}, fmt.Errorf("none of the %d files given by --base is the build the release names (stamp %x, text %.12s…)", len(t.bases), want.TimeDateStamp, want.TextSHA256)
+	return baseFile{}, fmt.Errorf("no file given by --base, of %d, is the build the release names (stamp %x, text %.12s…)", len(t.bases), want.TimeDateStamp, want.TextSHA256)
 }
 
 // simulate loads the base into a new simulated process at an address (0: any
@@ -239,7 +239,7 @@ func (s *simulation) run() {
 		words = append(words, fmt.Sprintf("%d by %s", n, kind))
 	}
 	slices.Sort(words)
-	s.t.say("plan", passed, "%d entries (%s), %d slots bound", len(plan.Sites), strings.Join(words, ", "), len(plan.Binds))
+	s.t.say("plan", passed, "%s (%s), %s bound", plural(len(plan.Sites), "entry", "entries"), strings.Join(words, ", "), plural(len(plan.Binds), "slot", "slots"))
 	before, err := s.code(plan)
 	if err != nil {
 		s.t.say("plan", failed, "%v", err)
