@@ -68,6 +68,7 @@ func command(ctx context.Context, args []string, stdout, stderr io.Writer, geten
 	root.SetArgs(args)
 	root.SetOut(out)
 	root.SetErr(stderr)
+	completion(root)
 	err := root.ExecuteContext(ctx)
 	if s.unattend != nil {
 		s.unattend()
@@ -198,4 +199,19 @@ func knownCommand(c *cobra.Command, args []string) error {
 		return usagef("there is no command %q; is %s meant?", args[0], strings.Join(near, " or "))
 	}
 	return usagef("there is no command %q", args[0])
+}
+
+// completion adds cobra's command of that name, whose output is the root's at
+// this moment, and refuses a shell that it does not know: cobra shows its help
+// and calls it a success.
+func completion(root *cobra.Command) {
+	root.InitDefaultCompletionCmd()
+	c, _, err := root.Find([]string{"completion"})
+	if err != nil || c == root {
+		return
+	}
+	c.Args = cobra.ArbitraryArgs
+	c.RunE = func(*cobra.Command, []string) error {
+		return usagef("completion needs a shell: bash, zsh, fish or powershell")
+	}
 }
