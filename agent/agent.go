@@ -128,6 +128,7 @@ type Agent struct {
 	stateSince time.Time
 
 	reporting *reporting // nil: nowhere
+	unwatched bool       // tests: nothing waits for the system or ticks, time is the test's
 	promptly  bool       // tests: a start does not wait for its place in the fleet
 
 	heart   *heart
@@ -241,8 +242,6 @@ func (a *Agent) Run(ctx context.Context) error {
 	defer wg.Wait()
 	defer cancel()
 	a.watch(wctx, &wg)
-	wg.Add(1)
-	go func() { defer wg.Done(); a.watchHeart(wctx) }()
 	defer a.finish()
 	timer := time.NewTimer(0)
 	defer timer.Stop()

@@ -166,7 +166,7 @@ func (a *Agent) comeIntoForce(ctx context.Context, v View, w wishes, work []Inte
 		moved := false
 		switch {
 		case o == nil || gated:
-			if out {
+			if out || a.outgrown(product, now) {
 				moved = a.setInForce(product, nil)
 			}
 		case a.want(ctx, *o) == nil || !a.ready(o.ID) || now == o.ID || unknown[product]:
@@ -179,6 +179,16 @@ func (a *Agent) comeIntoForce(ctx context.Context, v View, w wishes, work []Inte
 		changed = changed || moved
 	}
 	return changed
+}
+
+// outgrown tells of a release in force that was for another baseline than the
+// one whose files are in place now: it is in no process any more, and comes into none.
+func (a *Agent) outgrown(product, id string) bool {
+	o, ok := a.offerOf(id)
+	if id == "" || !ok || o.Baseline == "" || o.Baseline == a.bases.standing[product].ID {
+		return false
+	}
+	return !slices.ContainsFunc(a.allRecords(), func(r patcher.Record) bool { return r.Release == id && r.Live() })
 }
 
 // setInForce notes the release of a product in force, with its sequence floor;

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"net"
 	"os"
 	"os/user"
 	"path/filepath"
@@ -60,6 +61,7 @@ type rig struct {
 
 	backend target.Backend // nil: m itself
 	tune    func(*Agent)   // before the loop begins
+	unheard bool           // nothing waits for the system: no socket, no watch on files or addresses
 
 	life *life // the daemon that runs now, nil if none
 }
@@ -192,16 +194,21 @@ func (r *rig) start() error {
 	if r.tune != nil {
 		r.tune(a)
 	}
+	a.unwatched = r.unheard
 	l := &life{agent: a, client: control.Dial(r.cfg.Control.Socket), ran: make(chan error, 1), served: make(chan error, 1)}
-	ln, err := control.Listen(r.cfg.Control.Socket)
-	if err != nil {
-		a.Close()
-		return err
+	var ln net.Listener
+	if !r.unheard {
+		if ln, err = control.Listen(r.cfg.Control.Socket); err != nil {
+			a.Close()
+			return err
+		}
 	}
 	l.server = control.NewServer(control.Config{Service: a, Group: r.cfg.Control.Group, Version: "test", Now: r.now})
 	ctx, cancel := context.WithCancel(context.Background())
 	l.cancel = cancel
-	go func() { l.served <- l.server.Serve(ln) }()
+	if ln != nil {
+		go func() { l.served <- l.server.Serve(ln) }()
+	}
 	go func() { l.ran <- a.Run(ctx) }()
 	r.life = l
 	select {
@@ -237,7 +244,9 @@ func (r *rig) stop() error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	err = errors.Join(err, l.server.Shutdown(ctx), <-l.served)
+	if !r.unheard {
+		err = errors.Join(err, l.server.Shutdown(ctx), <-l.served)
+	}
 	l.client.Close()
 	return errors.Join(err, l.agent.Close())
 }

@@ -6,14 +6,17 @@ import (
 	"time"
 )
 
-// watch starts what wakes the loop: the policy file, device management, the
+// watch starts what looks after the loop, and what wakes it: the policy file, device management, the
 // repository's turn and reports. All end with ctx.
 func (a *Agent) watch(ctx context.Context, wg *sync.WaitGroup) {
 	run := func(fn func()) {
 		wg.Add(1)
 		go func() { defer wg.Done(); fn() }()
 	}
-	run(func() { WatchPolicy(ctx, a.o.Config.Policy.File, a.Reload) })
+	if !a.unwatched {
+		run(func() { WatchPolicy(ctx, a.o.Config.Policy.File, a.Reload) })
+		run(func() { a.watchHeart(ctx) })
+	}
 	run(func() { a.watchManagement(ctx) })
 	if w := a.o.HostEvents; w != nil {
 		run(func() { w(ctx, a.woken) })
