@@ -34,6 +34,18 @@ func (c *carried) Carry(_ context.Context, e Entry) Outcome {
 	return o
 }
 
+func (c *carried) tries() []time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Clone(c.at)
+}
+
+func (c *carried) delivered() []string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Clone(c.docs)
+}
+
 // told is a device in the hands of a test.
 type told struct {
 	*Reporter
@@ -114,12 +126,12 @@ func TestReporterReportsChangesAndRegularly(t *testing.T) {
 			t.Errorf("%d reports in a day", n)
 		}
 		// A device that flaps sends one a minute at most.
-		before = len(d.c.docs)
+		before = len(d.c.delivered())
 		for i := range 3600 {
 			d.set(fmt.Sprint("x", i))
 			time.Sleep(time.Second)
 		}
-		if n := len(d.c.docs) - before; n < 30 || n > 62 {
+		if n := len(d.c.delivered()) - before; n < 30 || n > 62 {
 			t.Errorf("%d reports of a device that flaps for an hour", n)
 		}
 	})
@@ -133,14 +145,14 @@ func TestReportersComeApart(t *testing.T) {
 		defer x.run()()
 		defer y.run()()
 		time.Sleep(10 * time.Hour)
-		for i := range min(len(x.c.at), len(y.c.at)) {
-			if x.c.at[i].Sub(y.c.at[i]).Abs() < time.Second {
-				t.Errorf("report %d of both at %s", i, x.c.at[i])
+		for i := range min(len(x.c.tries()), len(y.c.tries())) {
+			if x.c.tries()[i].Sub(y.c.tries()[i]).Abs() < time.Second {
+				t.Errorf("report %d of both at %s", i, x.c.tries()[i])
 			}
 		}
-		for i := 2; i < len(x.c.at); i++ {
-			if x.c.at[i].Sub(x.c.at[i-1]) != time.Hour {
-				t.Errorf("a report %s after the last", x.c.at[i].Sub(x.c.at[i-1]))
+		for i := 2; i < len(x.c.tries()); i++ {
+			if x.c.tries()[i].Sub(x.c.tries()[i-1]) != time.Hour {
+				t.Errorf("a report %s after the last", x.c.tries()[i].Sub(x.c.tries()[i-1]))
 			}
 		}
 	})
@@ -165,7 +177,7 @@ func TestReporterWaitsForCollector(t *testing.T) {
 		if st.Waiting < 7*24-1 || st.Dropped != 0 || st.FailingSince.Sub(started) > time.Minute || st.FailingSince.IsZero() {
 			t.Errorf("%+v", st)
 		}
-		if n := len(d.c.at); n > 7*24*8+20 || n < 7*24*4 { // each 7.5 to 15 minutes
+		if n := len(d.c.tries()); n > 7*24*8+20 || n < 7*24*4 { // each 7.5 to 15 minutes
 			t.Errorf("%d tries in a week", n)
 		}
 		time.Sleep(20 * time.Minute)
@@ -173,14 +185,14 @@ func TestReporterWaitsForCollector(t *testing.T) {
 		if st.Waiting != 0 || !st.FailingSince.IsZero() {
 			t.Errorf("%+v", st)
 		}
-		sorted := slices.IsSortedFunc(d.c.docs, func(x, y string) int {
+		sorted := slices.IsSortedFunc(d.c.delivered(), func(x, y string) int {
 			var a, b int
 			fmt.Sscanf(x, "k %d", &a)
 			fmt.Sscanf(y, "k %d", &b)
 			return a - b
 		})
-		if len(d.c.docs) < 7*24 || !sorted {
-			t.Errorf("%d delivered, in order: %v", len(d.c.docs), sorted)
+		if len(d.c.delivered()) < 7*24 || !sorted {
+			t.Errorf("%d delivered, in order: %v", len(d.c.delivered()), sorted)
 		}
 	})
 }
@@ -221,13 +233,13 @@ func TestReporterHeedsRetryAfter(t *testing.T) {
 			stop := d.run()
 			time.Sleep(5 * time.Hour)
 			stop()
-			for i := 1; i < len(d.c.at); i++ {
-				if gap := d.c.at[i].Sub(d.c.at[i-1]); gap < want || gap > want+Gentle.First {
+			for i := 1; i < len(d.c.tries()); i++ {
+				if gap := d.c.tries()[i].Sub(d.c.tries()[i-1]); gap < want || gap > want+Gentle.First {
 					t.Errorf("asked for %s, tried again after %s", asked, gap)
 				}
 			}
-			if len(d.c.at) < 4 {
-				t.Errorf("%d tries", len(d.c.at))
+			if len(d.c.tries()) < 4 {
+				t.Errorf("%d tries", len(d.c.tries()))
 			}
 		}
 	})
@@ -246,7 +258,7 @@ func TestReporterNextLife(t *testing.T) {
 		next.Spool = d.Spool
 		defer next.run()()
 		time.Sleep(time.Minute)
-		if n := len(next.c.docs); waiting < 3 || n != waiting+1 {
+		if n := len(next.c.delivered()); waiting < 3 || n != waiting+1 {
 			t.Errorf("%d waited, %d delivered", waiting, n)
 		}
 	})
