@@ -9,6 +9,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"os/user"
 	"slices"
 	"strings"
 	"testing"
@@ -361,6 +362,21 @@ func TestStrangersDoNotSeeWhoHolds(t *testing.T) {
 		}
 		if b, _ = encode(filter(rootCaller, doc), "1", testNow); !strings.Contains(string(b), "memory") {
 			t.Errorf("an operator does not see why: %s", b)
+		}
+	}
+}
+
+// The refusal says how to become one who may, also where there is no such group yet.
+func TestGroupHint(t *testing.T) {
+	if got := groupHint("hotpatch-no-such-group", "linux"); !strings.Contains(got, "there is no group hotpatch-no-such-group") || !strings.Contains(got, "groupadd hotpatch-no-such-group") {
+		t.Error(got)
+	}
+	if got := groupHint("hotpatch-no-such-group", "windows"); !strings.Contains(got, "net localgroup hotpatch-no-such-group /add") {
+		t.Error(got)
+	}
+	if g, err := user.LookupGroupId("0"); err == nil {
+		if got := groupHint(g.Name, "linux"); strings.Contains(got, "there is no") || !strings.Contains(got, g.Name) {
+			t.Error(got)
 		}
 	}
 }

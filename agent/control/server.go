@@ -11,6 +11,8 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os/user"
+	"runtime"
 	"runtime/debug"
 	"strconv"
 	"sync"
@@ -226,9 +228,22 @@ func (s *Server) notPermitted(c Caller, rt route) *Error {
 	e := Errorf(CodeNotPermitted, "%s needs %s; you are %s", action, rootName, c.User)
 	if s.cfg.Group != "" {
 		e = Errorf(CodeNotPermitted, "%s needs %s or membership in the group %s; you are %s", action, rootName, s.cfg.Group, c.User)
+		e.Hint = groupHint(s.cfg.Group, runtime.GOOS)
 	}
 	s.report(c, e)
 	return e
+}
+
+// groupHint says how to become somebody who may.
+func groupHint(group, goos string) string {
+	make, join := "groupadd "+group, "gpasswd -a USER "+group
+	if goos == "windows" {
+		make, join = "net localgroup "+group+" /add", "net localgroup "+group+" USER /add"
+	}
+	if _, err := user.LookupGroup(group); err != nil {
+		return fmt.Sprintf("there is no group %s on this machine yet: %s, then %s", group, make, join)
+	}
+	return "an administrator adds you: " + join
 }
 
 func (s *Server) report(c Caller, err error) {
