@@ -27,6 +27,7 @@ type procState struct {
 	rest   time.Time // no work on it before
 	looked time.Time // when it was last looked into, and
 	dear   time.Time // when again at the earliest, if that took long
+	slow   bool      // the last look into it took long
 	doubt  bool      // something went wrong in it: what is known of it may not be so any more
 	at     time.Time // when it was last looked into, by a clock that nobody sets
 }
@@ -93,6 +94,9 @@ func (a *Agent) lookOrPass(ctx context.Context, info target.Info, recorded map[t
 	_, shows := a.hosts[info.ID]
 	return shown || shows
 }
+
+// firstShare stands for lookShare after the first look that took long.
+const firstShare = 2
 
 // lookAgain is when a process that could not be looked into is tried anew.
 const lookAgain = 30 * time.Second
@@ -254,7 +258,12 @@ func (a *Agent) look(ctx context.Context, info target.Info) error {
 	}
 	images, err := aside(ctx, a, info, "looking into", lookMost, func(ctx context.Context) ([]ImageView, error) { return a.imagesOf(ctx, info.ID) })
 	if cost := time.Since(began); cost > dearLook {
-		p.dear = a.o.Now().Add(min(restMost, lookShare*cost))
+		// Once may be the machine's fault, and its images may be on their way.
+		share := time.Duration(firstShare)
+		if old != nil && old.slow {
+			share = lookShare
+		}
+		p.slow, p.dear = true, a.o.Now().Add(min(restMost, share*cost))
 	}
 	if errors.Is(err, target.ErrGone) {
 		a.dropProc(info.ID)
