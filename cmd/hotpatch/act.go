@@ -30,7 +30,7 @@ func (s *session) installCommand() *cobra.Command {
 		Short: "Apply a release now; a hold on it is lifted",
 		Long: `Apply a release to every process that needs it, now. ID is a release of the repository, by default the
 one that fits; FILE ends with .hotpatch or .export, or has a path in it. A release installs if the trusted metadata
-names it, or if a folder metadata/ beside it does. An export (hotpatch-build export) brings its metadata along: of each
+names it, or if a folder metadata/ beside it does, or that of the repository's folder it lies in. An export (hotpatch-build export) brings its metadata along: of each
 product the highest release that fits and is not held is installed. Nothing older than what this device has seen is
 taken, and nothing that has ended. The release is installed until it is rolled back; a hold on ID is lifted.`,
 		Args:              args(0, "ID or FILE"),

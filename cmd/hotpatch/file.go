@@ -32,8 +32,31 @@ func installRequest(arg string) (control.InstallRequest, error) {
 	if isExport(b) {
 		return control.InstallRequest{File: b}, nil
 	}
-	metadata, err := readMetadata(filepath.Join(filepath.Dir(arg), "metadata"))
-	return control.InstallRequest{File: b, Metadata: metadata}, err
+	for _, dir := range metadataFolders(arg) {
+		metadata, err := readMetadata(dir)
+		if err != nil || metadata != nil {
+			return control.InstallRequest{File: b, Metadata: metadata}, err
+		}
+	}
+	return control.InstallRequest{File: b}, nil
+}
+
+// metadataFolders are the places where the metadata of a file may lie: beside
+// it, and in a repository that was carried here as a whole, where the file is
+// DIR/targets/releases/HASH.ID.hotpatch and the metadata DIR/metadata.
+func metadataFolders(file string) []string {
+	dirs := []string{filepath.Join(filepath.Dir(file), "metadata")}
+	whole, err := filepath.Abs(file)
+	if err != nil {
+		return dirs
+	}
+	const depth = 2 // of a release below targets/
+	for i, dir := 0, filepath.Dir(whole); i < depth; i, dir = i+1, filepath.Dir(dir) {
+		if filepath.Base(dir) == "targets" {
+			return append(dirs, filepath.Join(filepath.Dir(dir), "metadata"))
+		}
+	}
+	return dirs
 }
 
 // isExport tells an export, a zip file that begins with the entry export.json,
