@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"hotpatchd/agent/control"
@@ -54,7 +55,7 @@ func (s *screen) change(c *control.Change) string {
 	case c.Action == "install" && open == 0:
 		p.verdict(s, good, "INSTALLED", fmt.Sprintf("%s: %s. No restart needed.", name, summary(c)))
 	case c.Action == "install":
-		p.verdict(s, bad, "INCOMPLETE", fmt.Sprintf("%s: %s. The daemon goes on trying.", name, summary(c)))
+		p.verdict(s, bad, "INCOMPLETE", fmt.Sprintf("%s: %s. %s", name, summary(c), goesOn(c)))
 	case open == 0:
 		back := "no release of this product is in force now"
 		if c.Previous != "" {
@@ -62,7 +63,7 @@ func (s *screen) change(c *control.Change) string {
 		}
 		p.verdict(s, fair, "HELD", fmt.Sprintf("%s is out, %s: %s.", name, back, summary(c)))
 	default:
-		p.verdict(s, bad, "INCOMPLETE", fmt.Sprintf("%s still runs in %s. The daemon goes on trying.", name, many(open, "image")))
+		p.verdict(s, bad, "INCOMPLETE", fmt.Sprintf("%s still runs in %s. %s", name, many(open, "image"), goesOn(c)))
 	}
 	if c.Lifted {
 		p.line("The hold on %s is lifted.", clean(c.Release))
@@ -80,10 +81,47 @@ func (s *screen) change(c *control.Change) string {
 	if c.Action == "rollback" {
 		p.line("The release is held on this device until: hotpatch install %s", clean(c.Release))
 	}
-	if open > 0 {
+	switch {
+	case open > 0 && comes(c):
 		p.line("hotpatch processes --vulnerable shows the rest; hotpatch wait waits for it.")
+	case open > 0:
+		for i, text := range endsOf(c) {
+			p.field([]string{"To do", ""}[min(i, 1)], statusColumn, text)
+		}
+		p.line("hotpatch processes --vulnerable shows the rest.")
 	}
 	return p.String()
+}
+
+// comes tells whether any image that a change did not reach is tried again by itself.
+func comes(c *control.Change) bool {
+	for _, p := range c.Results {
+		for _, i := range p.Images {
+			if imageOpen(c, i) && (i.Remedy == control.RemedyWait || i.Remedy == "" || i.State == control.PendingImage || i.State == control.Busy) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+func goesOn(c *control.Change) string {
+	if comes(c) {
+		return "The daemon goes on trying."
+	}
+	return "Nothing more of it comes by itself."
+}
+
+// endsOf is what ends what a change did not reach, each once.
+func endsOf(c *control.Change) (out []string) {
+	for _, p := range c.Results {
+		for _, i := range p.Images {
+			if text := ends(i); imageOpen(c, i) && text != "" && !slices.Contains(out, text) && len(out) < maxListed {
+				out = append(out, text)
+			}
+		}
+	}
+	return out
 }
 
 func orElse(s, other string) string {
@@ -153,7 +191,7 @@ func (s *screen) waited(st *control.Status, w waiting, done bool) string {
 	}
 	p.verdict(s, colour, strings.ToUpper(string(st.State)), text)
 	if !done {
-		p.line("hotpatch status")
+		p.line("hotpatch status says what is open and what ends it.")
 	}
 	return p.String()
 }

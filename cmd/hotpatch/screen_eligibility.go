@@ -41,7 +41,7 @@ func (s *screen) eligibility(d *control.Eligibility, all bool) string {
 		if len(unknowns) > 0 {
 			parts = append(parts, fmt.Sprintf("%d could not be read.", len(unknowns)))
 		}
-		p.verdict(s, bad, "NOT ELIGIBLE", strings.Join(append(parts, "This device gets its fixes by the baseline, with a restart."), " "))
+		p.verdict(s, bad, "NOT ELIGIBLE", strings.Join(append(parts, "This device gets no new fixes in memory; what is applied stays."), " "))
 	}
 	p.blank()
 	idWidth := 0

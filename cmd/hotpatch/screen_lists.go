@@ -89,7 +89,7 @@ func (s *screen) verify(d *control.Verify) string {
 			p.verdict(s, good, "VERIFIED", "Nothing is patched; the history's chain of hashes holds.")
 			return p.String()
 		}
-		p.verdict(s, good, "VERIFIED", read+" are as recorded; the history's chain of hashes holds.")
+		p.verdict(s, good, "VERIFIED", read+verb(d.Sites, " is", " are")+" as recorded; the history's chain of hashes holds.")
 		return p.String()
 	}
 	var parts []string

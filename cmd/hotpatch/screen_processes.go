@@ -102,7 +102,16 @@ func processesVerdict(d *control.Processes) string {
 		return fmt.Sprintf("%d of %s %s fixed code, %d %s of a build that no release names%s.", c.Patched+c.Fixed, many(c.Images, "image"),
 			verb(c.Patched+c.Fixed, "runs", "run"), c.OtherBuild, verb(c.OtherBuild, "is", "are"), release)
 	}
-	return fmt.Sprintf("All %s %s fixed code%s.", many(c.Images, "image"), verb(c.Images, "runs", "run"), release)
+	text := allOf(c.Images, "runs", "run")
+	return fmt.Sprintf("%s fixed code%s.", strings.ToUpper(text[:1])+text[1:], release)
+}
+
+// allOf is "the one image is", "all 2 images are".
+func allOf(n int, one, several string) string {
+	if n == 1 {
+		return "the one image " + one
+	}
+	return fmt.Sprintf("all %d images %s", n, several)
 }
 
 // groupKey is what rows must have in common to become one.
@@ -242,7 +251,7 @@ func (s *screen) process(d *control.Processes, pid int) string {
 				open++
 			}
 		}
-		verdict := fmt.Sprintf("%s %d: all %s %s well.", program(x.Exe), x.PID, many(len(x.Images), "image"), verb(len(x.Images), "is", "are"))
+		verdict := fmt.Sprintf("%s %d: %s.", program(x.Exe), x.PID, allOf(len(x.Images), "is", "are")+" well")
 		colour := good
 		if open > 0 {
 			verdict, colour = fmt.Sprintf("%s %d: %d of %s open.", program(x.Exe), x.PID, open, many(len(x.Images), "image")), bad

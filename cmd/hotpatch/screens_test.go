@@ -142,6 +142,11 @@ func screens() map[string]string {
 	since.Coverage, since.Processes = coverage(map[control.ImageState]int{control.Patched: 2}, 2), since.Processes[1:]
 	since.Processes[0].Images[0].State, since.Processes[0].Images[0].Remedy = control.Patched, ""
 	all["processes-denied-since"] = s.processes(since, control.ProcessQuery{}, false)
+	one := openProcesses()
+	one.Coverage, one.Processes = coverage(map[control.ImageState]int{control.Patched: 1}, 1), one.Processes[:1]
+	one.Processes[0].Images[0].State = control.Patched
+	all["processes-one"] = s.processes(one, control.ProcessQuery{}, false)
+	all["processes-pid-one"] = s.processes(one, control.ProcessQuery{PID: 2216}, false)
 	all["processes-none"] = s.processes(&control.Processes{Scanned: ago(0), Others: 212}, control.ProcessQuery{}, false)
 	all["processes-first-scan"] = s.processes(&control.Processes{}, control.ProcessQuery{}, false)
 	all["processes-pid"] = s.processes(oneProcess(), control.ProcessQuery{PID: 2216}, false)
@@ -175,6 +180,14 @@ func screens() map[string]string {
 	all["install"] = s.change(change("install", true, control.Patched, control.Patched))
 	all["install-incomplete"] = s.change(change("install", true, control.Patched, control.Busy))
 	all["install-already"] = s.change(change("install", false, control.Patched))
+	never := change("install", true, control.Patched, control.Blocked, control.Blocked)
+	for i := range never.Results {
+		if im := &never.Results[i].Images[0]; im.State == control.Blocked {
+			im.ReasonCode, im.Reason, im.Remedy, im.Attempts = "denied", "denied by policy: exe:vault", control.RemedyPolicy, 0
+			im.ToDo = "change deny in /etc/hotpatchd/policy.toml, or leave it so"
+		}
+	}
+	all["install-denied"] = s.change(never)
 	lifted := change("install", true)
 	lifted.Lifted, lifted.Verified = true, "signed by 2 of 3 targets keys, fresh until 29 Nov"
 	all["install-nothing-runs"] = s.change(lifted)
@@ -196,6 +209,7 @@ func screens() map[string]string {
 	all["hold-already"] = s.change(change("hold", false))
 
 	all["verify-good"] = s.verify(&control.Verify{OK: true, Processes: 38, Images: 41, Sites: 82})
+	all["verify-one"] = s.verify(&control.Verify{OK: true, Processes: 1, Images: 1, Sites: 1})
 	all["verify-nothing"] = s.verify(&control.Verify{OK: true})
 	all["verify-bad"] = s.verify(verifyBad())
 	all["policy"] = s.policy(settingsDoc())
