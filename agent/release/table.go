@@ -58,7 +58,7 @@ func (r *Release) CheckTables() error {
 			err = t.agrees(i, i.File)
 		}
 		if err == nil && t.sequence != r.Sequence {
-			err = fmt.Errorf("the release has sequence %d, but %s was made with sequence %d: set sequence = %d, or make the image anew by hotpatch-build image --sequence %d",
+			err = fmt.Errorf("the release has sequence %d, but the hotpatch image, %s in it, was made with sequence %d: set sequence = %d, or make the image anew by hotpatch-build image --sequence %d",
 				r.Sequence, i.File, t.sequence, t.sequence, r.Sequence)
 		}
 		if err != nil {

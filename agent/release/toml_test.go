@@ -178,7 +178,7 @@ func TestCheckTables(t *testing.T) {
 	for _, c := range []struct {
 		sequence uint32
 		want     string
-	}{{1, ""}, {2, "release DEMO-1: image 1 for demo.dll: the release has sequence 2, but images/demo-1.dll was made with sequence 1: set sequence = 1, or make the image anew by hotpatch-build image --sequence 2"}} {
+	}{{1, ""}, {2, "release DEMO-1: image 1 for demo.dll: the release has sequence 2, but the hotpatch image, images/demo-1.dll in it, was made with sequence 1: set sequence = 1, or make the image anew by hotpatch-build image --sequence 2"}} {
 		m, files, err := FromTOML([]byte(demoTOML), demoFolder(t))
 		if err != nil {
 			t.Fatal(err)

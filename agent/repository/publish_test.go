@@ -429,7 +429,7 @@ func TestOtherSequence(t *testing.T) {
 	}
 	r, err := Verify(f.dir, f.now)
 	if err != nil || len(r.Releases) != 3 || r.Problems() != 2 || r.Releases[0].Problem != "" ||
-		!strings.Contains(r.Releases[1].Problem, "the release has sequence 3, but images/app-1.dll was made with sequence 1") ||
+		!strings.Contains(r.Releases[1].Problem, "the release has sequence 3, but the hotpatch image, images/app-1.dll in it, was made with sequence 1") ||
 		!strings.Contains(r.Releases[2].Problem, "time stamp") {
 		t.Errorf("%+v %v", r, err)
 	}

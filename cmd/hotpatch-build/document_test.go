@@ -118,7 +118,7 @@ func TestReleaseChecks(t *testing.T) {
 		code     int
 		says     []string
 	}{
-		{"sequence = 1", "sequence = 3", 1, []string{"release.toml: release DEMO-1", "the release has sequence 3, but images/demo-1.dll was made with sequence 1", "--sequence 3"}},
+		{"sequence = 1", "sequence = 3", 1, []string{"release.toml: release DEMO-1", "the release has sequence 3, but the hotpatch image, images/demo-1.dll in it, was made with sequence 1", "--sequence 3"}},
 		{"sequence = 1", "", 1, []string{"sequence is 0"}},
 		{"sequence = 1", "sequence = \"1\"", 1, []string{"sequence cannot be of type string, wanted a number"}},
 		{"sequence = 1", "sequence = 1\nseverity = \"urgent\"", 1, []string{`severity is "urgent", not one of critical`}},
@@ -167,7 +167,7 @@ func TestPublishChecks(t *testing.T) {
 	}
 	must(t, "keys", "--dir", in("keys"))
 	code, _, errs := command("publish", "--repo", in("repo"), "--keys", in("keys"), in("x.hotpatch"))
-	if code != 1 || !strings.Contains(errs, "the release has sequence 7, but images/demo-1.dll was made with sequence 1") {
+	if code != 1 || !strings.Contains(errs, "the release has sequence 7, but the hotpatch image, images/demo-1.dll in it, was made with sequence 1") {
 		t.Errorf("exit %d, %q", code, errs)
 	}
 	if _, err := os.Stat(in("repo")); err == nil {

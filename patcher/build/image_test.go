@@ -318,6 +318,9 @@ func TestSymbolsFromTwin(t *testing.T) {
 	wantRefusal(t, err, CodeSymbolFile, "app.sym", "")
 	_, err = Image(Options{Base: bare, Fix: fix, Sequence: 1, Symbols: []SymbolFile{{"app.sym", bare}}})
 	wantRefusal(t, err, CodeSymbolFile, "app.sym", "")
+	if _, err = Image(Options{Base: bare, Fix: fix, Sequence: 1, Symbols: []SymbolFile{{"/bin/ls", []byte("ELF")}}}); err == nil || !strings.Contains(err.Error(), "cannot read /bin/ls: ") {
+		t.Errorf("no PE file: %v", err)
+	}
 }
 
 // TestSymbolsFromTwinOfStrip takes the twin as the linker made it and the base as

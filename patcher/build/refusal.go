@@ -70,5 +70,9 @@ func damaged(image string, err error) error {
 	if errors.Is(err, pe.ErrNot64) {
 		code = Code32Bit
 	}
-	return &Refusal{Code: code, Image: image, Text: fmt.Sprintf("cannot read the %s: %v", image, err), Err: err}
+	name := image
+	if image == "base" || image == "fix" {
+		name = "the " + image
+	}
+	return &Refusal{Code: code, Image: image, Text: fmt.Sprintf("cannot read %s: %v", name, err), Err: err}
 }
