@@ -95,6 +95,9 @@ func TestExplain(t *testing.T) {
 	ask(rec.Annex, "annex", "")
 	ask(rec.Base, "image", "")
 	ask(rec.Base-1, "elsewhere", "")
+	if doc, err := r.life.client.Explain(ctx, sweepPID, uint64(rec.Base+16)); err != nil || !strings.Contains(doc.Text, " 0x10 bytes") {
+		t.Errorf("%+v %v", doc, err)
+	}
 	if _, err := r.life.client.Explain(ctx, 4242, 1); !errors.Is(err, &control.Error{Code: control.CodeNotFound}) {
 		t.Errorf("a process that is not there: %v", err)
 	}

@@ -191,7 +191,7 @@ func (a *Agent) tell(k rowKey, uid int, im control.Image, old, now row) {
 	switch {
 	case old.state == now.state && old.release != now.release && old.release != "":
 		text += ", was by " + old.release
-	case old.state != "":
+	case old.state != "" && old.state != now.state:
 		text += ", was " + string(old.state)
 	}
 	a.hub.send(control.Event{Type: control.EventImage, PID: k.id.PID, Image: im.Name, Release: im.Release, From: string(old.state), State: string(im.State), Reason: why,
