@@ -126,7 +126,8 @@ func TestInspectImage(t *testing.T) {
 		":= address of base", "__ref_answer_base", "__ref_calls",
 		":= what base", "kernel32.dll!Sleep",
 		"helper leads back to base",
-		"and base", // the cold part
+		"and base",                  // the cold part
+		"at   a000,      956 bytes", // sizes are decimal, places are not
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("does not say %q:\n%s", want, text)
