@@ -3,6 +3,7 @@ package e2e
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -16,8 +17,6 @@ const (
 	// benchWindow is how long the daemon's processor time is watched.
 	benchWindow = 20 * time.Second
 	benchHosts  = 200
-	// clockTicks is the unit of utime and stime in /proc/PID/stat (proc(5)); 100 on every Linux port of today.
-	clockTicks = 100
 )
 
 func report(name string, value float64, unit string) {
@@ -60,21 +59,28 @@ func BenchmarkIdle(b *testing.B) {
 
 // share is the part of one core that the daemon used during the window.
 func (d *device) share(b *testing.B) float64 {
-	before, began := d.ticks(b), time.Now()
+	before, began := d.used(b), time.Now()
 	time.Sleep(benchWindow)
-	return float64(d.ticks(b)-before) / clockTicks / time.Since(began).Seconds()
+	return (d.used(b) - before).Seconds() / time.Since(began).Seconds()
 }
 
-func (d *device) ticks(b *testing.B) int {
-	text, err := os.ReadFile("/proc/" + strconv.Itoa(d.proc.Process.Pid) + "/stat")
-	if err != nil {
-		b.Fatal(err)
+// used is the processor time of the daemon's threads by the scheduler's own
+// clock (sched-stats.rst). The ticks of /proc/PID/stat are samples, and one who
+// wakes by timers is awake when they are taken.
+func (d *device) used(b *testing.B) time.Duration {
+	tasks, err := filepath.Glob("/proc/" + strconv.Itoa(d.proc.Process.Pid) + "/task/*/schedstat")
+	if err != nil || len(tasks) == 0 {
+		b.Fatalf("no schedstat of the daemon: %v", err)
 	}
-	_, after, _ := strings.Cut(string(text), ") ")
-	f := strings.Fields(after) // from field 3, state
-	user, _ := strconv.Atoi(f[14-3])
-	system, _ := strconv.Atoi(f[15-3])
-	return user + system
+	var sum time.Duration
+	for _, t := range tasks {
+		var ns int64
+		if text, err := os.ReadFile(t); err == nil {
+			fmt.Sscan(string(text), &ns)
+		}
+		sum += time.Duration(ns)
+	}
+	return sum
 }
 
 func (d *device) resident(b *testing.B) float64 {
