@@ -21,7 +21,7 @@ const (
 	// youngTick is the least time between two looks, which are at all processes
 	// whose turn it is, and youngRest the most within youngFor: an eighth of its
 	// age in between, so that what shows late costs no more looks.
-	youngTick = 15 * time.Millisecond
+	youngTick = 20 * time.Millisecond
 	youngRest = 30 * time.Millisecond
 	youngFor  = 400 * time.Millisecond
 	// A process with code that is not of ELF files may be Wine, which takes its

@@ -21,7 +21,7 @@ const (
 	// watchGather is how long events gather before they are read, so that a
 	// machine that starts very many programs wakes us no oftener than that. An
 	// image is not mapped in the first moment of a program anyway.
-	watchGather = 10 * time.Millisecond
+	watchGather = 20 * time.Millisecond
 	// watchBehind is how many events the reader of the channel may be behind.
 	// Those above are lost to him, and he is told.
 	watchBehind = 4096
@@ -42,8 +42,9 @@ func (b *backend) Watch(ctx context.Context) (<-chan target.Event, error) {
 		f.Close()
 		return nil, fmt.Errorf("cannot watch process starts (CAP_NET_ADMIN?): %w: %v", target.ErrDenied, err)
 	}
-	w := &watcher{f: f, buf: make([]byte, 16<<10), events: make(chan target.Event, watchBehind)}
+	w := &watcher{f: f, faults: openFaults(), buf: make([]byte, 16<<10), events: make(chan target.Event, watchBehind)}
 	if err := w.answer(); err != nil {
+		w.faults.close()
 		f.Close()
 		return nil, fmt.Errorf("cannot watch process starts: %w", err)
 	}
@@ -51,6 +52,7 @@ func (b *backend) Watch(ctx context.Context) (<-chan target.Event, error) {
 	go func() {
 		defer close(w.events)
 		defer f.Close()
+		defer w.faults.close()
 		w.run(ctx)
 	}()
 	return w.events, nil
@@ -59,6 +61,7 @@ func (b *backend) Watch(ctx context.Context) (<-chan target.Event, error) {
 // watcher reads the connector's socket. It belongs to one goroutine.
 type watcher struct {
 	f      *os.File
+	faults *faults
 	buf    []byte
 	events chan target.Event
 	lost   bool // since the last Lost that was told
@@ -137,6 +140,10 @@ func (w *watcher) tell(m message) {
 		e.Kind, e.Code = target.Exited, uint32(max(status.ExitStatus(), 0))
 		if status.Signaled() {
 			e.Signal = int(status.Signal())
+			switch status.Signal() {
+			case unix.SIGSEGV, unix.SIGBUS, unix.SIGILL, unix.SIGFPE, unix.SIGTRAP:
+				e.Faults = w.faults.recent(time.Now())
+			}
 		}
 	default:
 		return
