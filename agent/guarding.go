@@ -27,8 +27,27 @@ const (
 // heardOfEnd is told that a process ended.
 func (a *Agent) heardOfEnd(e target.Event) {
 	how, text := ending(e)
-	a.vigil.end(e.PID, how, text, false, a.o.Now())
+	inside := false
+	if id, ok := a.lives[e.PID]; ok && len(e.Faults) > 0 {
+		var where string
+		inside, where = a.faultOf(id, e.Faults)
+		text += where
+	}
+	a.vigil.end(e.PID, how, text, inside, a.o.Now())
 	a.endedWithFiles(e)
+}
+
+// faultOf tells whether one of some faults was in code of ours in a process. The
+// place of an annex is random: a fault of another process hardly lies there.
+func (a *Agent) faultOf(id target.ID, faults []target.Addr) (inside bool, where string) {
+	for _, r := range a.recordsOfLife(id) {
+		for _, at := range faults {
+			if r.Live() && at >= r.Annex && at < r.AnnexEnd {
+				return true, fmt.Sprintf(" at %s, inside %s", at, r.Release)
+			}
+		}
+	}
+	return false, ", at no address inside our code"
 }
 
 // ending words how a process ended.

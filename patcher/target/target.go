@@ -266,6 +266,10 @@ type Event struct {
 	// that ended it, 0 if none did or the system has none.
 	Code   uint32
 	Signal int
+	// Faults are the instructions at which threads have faulted lately, of this
+	// process or of others; nil where the system does not tell. One that lies in
+	// memory which only this process can have there is its.
+	Faults []Addr
 }
 
 // Prober is optional on a Backend: one clear sentence on what the system lets
