@@ -21,6 +21,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"reflect"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -423,6 +425,9 @@ func (a *Agent) loadPolicy() {
 			a.judge()
 		}
 		return
+	}
+	if a.policy != nil && a.policyErr == nil && reflect.DeepEqual(p, a.policy) && slices.Equal(shown, a.shownPolicy) {
+		return // nothing new in it
 	}
 	if a.policy != nil {
 		a.log.Info("policy read", zap.String("file", p.File), zap.Bool("absent", p.Absent))

@@ -17,14 +17,15 @@ const (
 	policyPoll     = 30 * time.Second       // how often the file is looked at in any case: events can be lost
 )
 
-// WatchPolicy calls onChange, from the calling goroutine, whenever the file at
+// WatchPolicy calls onChange, from the calling goroutine, once when it begins to
+// see changes, for what came before, and whenever the file at
 // path may have changed, appeared or gone, until ctx ends. It watches the folder,
 // because a watch on a file dies with the first rename over it, and looks at the
 // file itself at intervals, because notifications are limited, can overflow, and
 // do not follow symbolic links. A call too many is harmless, one that is missed
 // would cost at most the interval.
 func WatchPolicy(ctx context.Context, path string, onChange func()) {
-	w := policyWatch{path: path, folder: filepath.Dir(path), debounce: policyDebounce, rewatch: policyRewatch, poll: policyPoll}
+	w := policyWatch{path: path, folder: filepath.Dir(path), debounce: policyDebounce, rewatch: policyRewatch, poll: policyPoll, started: onChange}
 	w.run(ctx, onChange)
 }
 
