@@ -138,5 +138,8 @@ func short(d time.Duration) string {
 	case d >= time.Minute:
 		return fmt.Sprintf("%.1f min", d.Minutes())
 	}
+	if d < time.Second {
+		return fmt.Sprintf("%d ms", d.Milliseconds())
+	}
 	return fmt.Sprintf("%.1f s", d.Seconds())
 }

@@ -3,10 +3,74 @@
 package ptrace
 
 import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"testing"
+	"time"
 
 	"hotpatchd/patcher/target"
+	"hotpatchd/patcher/target/ptrace/hosttest"
 )
+
+// A process that faults is told of with its signal, and where the kernel's log
+// may be read, with the place.
+func TestWatchTellsOfFaults(t *testing.T) {
+	gcc, err := exec.LookPath("gcc")
+	if err != nil {
+		hosttest.Need(t, "gcc (apt-get install gcc libc6-dev)")
+	}
+	source, program := filepath.Join(t.TempDir(), "fault.c"), filepath.Join(t.TempDir(), "fault")
+	text := "#include <stdio.h>\nint main(void) { printf(\"%d %lx\\n\", 0, (unsigned long)main); fflush(stdout); *(volatile int *)8 = 1; return 0; }\n"
+	if err := os.WriteFile(source, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command(gcc, "-O1", "-o", program, source).CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	b, err := New()
+	if err != nil {
+		hosttest.Need(t, "ptrace: %v", err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	events, err := b.(target.Watcher).Watch(ctx)
+	if err != nil {
+		t.Skipf("needs news of processes, which come in the first namespaces only: %v", err)
+	}
+	cmd := exec.Command(program)
+	out, err := cmd.Output()
+	if err == nil {
+		t.Fatal("it did not crash")
+	}
+	var main target.Addr
+	if _, err := fmt.Sscanf(string(out), "0 %x", (*uint64)(&main)); err != nil {
+		t.Fatalf("%q: %v", out, err)
+	}
+	for e := range events {
+		if e.Kind != target.Exited || e.PID != cmd.Process.Pid {
+			continue
+		}
+		if e.Signal != 11 || e.Code != 0 {
+			t.Errorf("signal %d, code %d", e.Signal, e.Code)
+		}
+		f := openFaults()
+		defer f.close()
+		if f.fd < 0 {
+			t.Log("the kernel's log may not be read here: where it crashed was not tried")
+			return
+		}
+		for _, at := range e.Faults {
+			if at >= main && at < main+target.PageSize {
+				return
+			}
+		}
+		t.Fatalf("main at %s, faults at %v", main, e.Faults)
+	}
+	t.Fatal("nothing was told of its end")
+}
 
 func TestParseFault(t *testing.T) {
 	for record, want := range map[string]target.Addr{
