@@ -3,6 +3,8 @@ package repository
 import (
 	"context"
 	"crypto/tls"
+	"encoding/binary"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -100,26 +102,28 @@ func TestToldApart(t *testing.T) {
 	}
 }
 
-// noNames is a resolver whose only server, on this machine, knows no name.
+// noNames is a resolver whose only server, at the other end of a pipe, knows no name.
 func noNames(t *testing.T) *net.Resolver {
-	server, err := net.ListenPacket("udp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { server.Close() })
-	go func() {
-		b := make([]byte, 512)
-		for {
-			n, from, err := server.ReadFrom(b)
-			if err != nil {
-				return
+	return &net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) {
+		ours, theirs := net.Pipe()
+		t.Cleanup(func() { theirs.Close() })
+		go func() { // over a stream each message has its length before it (RFC 1035 4.2.2)
+			for {
+				head := make([]byte, 2)
+				if _, err := io.ReadFull(theirs, head); err != nil {
+					return
+				}
+				b := make([]byte, binary.BigEndian.Uint16(head))
+				if _, err := io.ReadFull(theirs, b); err != nil || len(b) < 4 {
+					return
+				}
+				b[2], b[3] = 0x81, 0x83 // RFC 1035 4.1.1: an answer, recursion, NXDOMAIN
+				if _, err := theirs.Write(append(head, b...)); err != nil {
+					return
+				}
 			}
-			b[2], b[3] = 0x81, 0x83 // RFC 1035 4.1.1: an answer, recursion, NXDOMAIN
-			server.WriteTo(b[:n], from)
-		}
-	}()
-	return &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "udp", server.LocalAddr().String())
+		}()
+		return ours, nil
 	}}
 }
 
