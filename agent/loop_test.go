@@ -196,3 +196,22 @@ func TestManyProcesses(t *testing.T) {
 		t.Errorf("verify: %+v %v", v, err)
 	}
 }
+
+// A decision that time alone has changed since the last round is carried out
+// soon: nothing else would wake the loop for it.
+func TestNextAgainOfNewWish(t *testing.T) {
+	a := &Agent{o: Options{Now: func() time.Time { return noon }}}
+	for name, c := range map[string]struct {
+		in   Intent
+		want time.Time
+	}{
+		"nothing":           {Intent{}, time.Time{}},
+		"waits for time":    {Intent{Again: noon.Add(time.Hour)}, noon.Add(time.Hour)},
+		"its turn has come": {Intent{Kind: DoApply, Try: &Try{Next: noon.Add(-time.Second)}}, noon.Add(-time.Second)},
+		"a new wish":        {Intent{Kind: DoUndo}, noon.Add(busyAgain)},
+	} {
+		if got := a.nextAgain(View{Now: noon}, []Intent{c.in}); !got.Equal(c.want) {
+			t.Errorf("%s: %v, want %v", name, got, c.want)
+		}
+	}
+}

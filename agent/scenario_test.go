@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -42,6 +43,9 @@ func TestScenarios(t *testing.T) {
 			b, err := os.ReadFile(file)
 			if err != nil {
 				t.Fatal(err)
+			}
+			if runtime.GOOS == "windows" && strings.HasPrefix(filepath.Base(file), "baseline") {
+				t.Skip("needs files that the daemon puts into place: Windows does it itself while it starts (package baseline tries that)")
 			}
 			runScenario(t, file, txtar.Parse(b))
 		})

@@ -76,8 +76,12 @@ func (a *Agent) nextAgain(v View, intents []Intent) time.Time {
 	}
 	for _, in := range intents {
 		sooner(in.Again)
-		if in.Kind != DoNothing && in.Try != nil {
+		switch {
+		case in.Kind == DoNothing:
+		case in.Try != nil:
 			sooner(in.Try.Next) // its turn came after the round was decided: it is due now
+		default: // time made it another wish since then
+			sooner(v.Now.Add(busyAgain))
 		}
 	}
 	for _, c := range v.Choices {
