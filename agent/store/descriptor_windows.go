@@ -9,12 +9,14 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/windows"
+
+	"hotpatchd/agent/private"
 )
 
 // secureFolder makes the folder for SYSTEM, Administrators and the daemon's
 // user only. One that is there already keeps its rights (it may be anything a
-// configuration names), but is refused if it belongs to somebody else: anyone
-// may make folders in ProgramData.
+// configuration names), but is refused if it belongs to somebody else, or is a
+// link: anyone may make folders, and links to folders, in ProgramData.
 func secureFolder(dir string) error {
 	self, err := ownSID()
 	if err != nil {
@@ -25,13 +27,10 @@ func secureFolder(dir string) error {
 	}
 	// Who owns the folder above may put another one in the place of ours.
 	if above := filepath.Dir(dir); above != filepath.Dir(above) {
-		return checkOwner("the folder above the state", above, self)
+		return checkOwner("the folder above the state", above)
 	}
 	return nil
 }
-
-// trustedInstaller owns what came with Windows.
-const trustedInstaller = "S-1-5-80-956008885-3418522649-1831038044-1853292631-2271478464"
 
 // makeFolder makes a folder, and those above it that are missing, with their
 // protection from the first moment on.
@@ -41,7 +40,7 @@ func makeFolder(dir string, self *windows.SID) error {
 	case err == nil && !info.IsDir():
 		return fmt.Errorf("cannot make the state folder: %s is not a folder", dir)
 	case err == nil:
-		return checkOwner("the state folder", dir, self)
+		return checkOwner("the state folder", dir)
 	case !errors.Is(err, fs.ErrNotExist):
 		return fmt.Errorf("cannot look at the state folder: %w", err)
 	}
@@ -66,7 +65,7 @@ func makeFolder(dir string, self *windows.SID) error {
 		return fmt.Errorf("cannot make the state folder: %w", &fs.PathError{Op: "mkdir", Path: dir, Err: err})
 	}
 	// Somebody may have been faster.
-	return checkOwner("the state folder", dir, self)
+	return checkOwner("the state folder", dir)
 }
 
 // secureFile takes everybody else's rights on the file away.
@@ -75,23 +74,15 @@ func secureFile(path string) error {
 	if err != nil {
 		return fmt.Errorf("cannot tell who we are: %w", err)
 	}
-	if err := checkOwner("the state", path, self); err != nil {
-		return err
+	if err := private.Protect(path, protection("", self)); err != nil {
+		return fmt.Errorf("cannot use %s as the state: %w", path, err)
 	}
-	return protect(path, "", self)
+	return nil
 }
 
-func checkOwner(what, path string, self *windows.SID) error {
-	sd, err := windows.GetNamedSecurityInfo(path, windows.SE_FILE_OBJECT, windows.OWNER_SECURITY_INFORMATION)
-	if err != nil {
-		return fmt.Errorf("cannot look at %s: %w", what, err)
-	}
-	owner, _, err := sd.Owner()
-	if err != nil {
-		return fmt.Errorf("cannot look at %s: %w", what, err)
-	}
-	if !owner.IsWellKnown(windows.WinLocalSystemSid) && !owner.IsWellKnown(windows.WinBuiltinAdministratorsSid) && !owner.Equals(self) && owner.String() != trustedInstaller {
-		return fmt.Errorf("cannot use %s as %s: it belongs to %s", path, what, owner)
+func checkOwner(what, path string) error {
+	if err := private.CheckOwner(path); err != nil {
+		return fmt.Errorf("cannot use %s as %s: %w", path, what, err)
 	}
 	return nil
 }
@@ -103,25 +94,6 @@ func protection(flags string, self *windows.SID) string {
 		return fmt.Sprintf("D:P(A;%[1]s;FA;;;SY)(A;%[1]s;FA;;;BA)", flags)
 	}
 	return fmt.Sprintf("D:P(A;%[1]s;FA;;;SY)(A;%[1]s;FA;;;BA)(A;%[1]s;FA;;;%[2]s)", flags, self)
-}
-
-// protect gives full control to SYSTEM, Administrators and the daemon's own
-// user, to be inherited as flags say, and takes over nothing from the folder above.
-func protect(path, flags string, self *windows.SID) error {
-	sd, err := windows.SecurityDescriptorFromString(protection(flags, self))
-	if err != nil {
-		return fmt.Errorf("cannot protect %s: %w", path, err)
-	}
-	dacl, _, err := sd.DACL()
-	if err != nil {
-		return fmt.Errorf("cannot protect %s: %w", path, err)
-	}
-	err = windows.SetNamedSecurityInfo(path, windows.SE_FILE_OBJECT,
-		windows.DACL_SECURITY_INFORMATION|windows.PROTECTED_DACL_SECURITY_INFORMATION, nil, nil, dacl, nil)
-	if err != nil {
-		return fmt.Errorf("cannot protect %s: %w", path, err)
-	}
-	return nil
 }
 
 func ownSID() (*windows.SID, error) {

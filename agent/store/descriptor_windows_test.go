@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/windows"
+
+	"hotpatchd/agent/private"
 )
 
 // TestProtection: nobody but SYSTEM, Administrators and the daemon's own user
@@ -70,37 +72,6 @@ func TestFoldersAreMadeProtected(t *testing.T) {
 	}
 }
 
-// TestOwner: what belongs to another user is not used.
-func TestOwner(t *testing.T) {
-	other, err := windows.StringToSid("S-1-5-21-9-9-9-1001")
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir := t.TempDir()
-	self, err := ownSID()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := checkOwner("the state folder", dir, self); err != nil {
-		t.Fatal(err)
-	}
-	sd, err := windows.GetNamedSecurityInfo(dir, windows.SE_FILE_OBJECT, windows.OWNER_SECURITY_INFORMATION)
-	if err != nil {
-		t.Fatal(err)
-	}
-	owner, _, err := sd.Owner()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if !owner.Equals(self) {
-		t.Skip("needs a folder that belongs to us, not to Administrators")
-	}
-	// To the eyes of somebody else it belongs to a stranger.
-	if err := checkOwner("the state folder", dir, other); err == nil || !strings.Contains(err.Error(), "it belongs to "+self.String()) {
-		t.Errorf("got %v", err)
-	}
-}
-
 // TestFileLock: what is locked here is what bolt locks.
 func TestFileLock(t *testing.T) {
 	path := filled(t)
@@ -146,5 +117,29 @@ func TestMoveFile(t *testing.T) {
 	}
 	if b, err := os.ReadFile(to); err != nil || string(b) != "new" {
 		t.Errorf("%q, %v", b, err)
+	}
+}
+
+// TestStateIsNoLink: a link to a folder, as every user of Wine has one, is not
+// taken for the state folder, nor for the one above it.
+func TestStateIsNoLink(t *testing.T) {
+	home, err := os.UserHomeDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	link := filepath.Join(home, "Documents")
+	if err := private.CheckOwner(link); !errors.Is(err, private.ErrLink) {
+		t.Skipf("needs a link to a folder, %s: %v", link, err)
+	}
+	if err := secureFolder(link); !errors.Is(err, private.ErrLink) {
+		t.Errorf("the folder: %v", err)
+	}
+	above := filepath.Join(link, "hotpatchd-test")
+	if err := os.Mkdir(above, 0o700); err != nil {
+		t.Skip("needs a folder below it: ", err)
+	}
+	defer os.Remove(above)
+	if err := secureFolder(above); !errors.Is(err, private.ErrLink) {
+		t.Errorf("the folder above: %v", err)
 	}
 }

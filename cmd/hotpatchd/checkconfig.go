@@ -101,11 +101,8 @@ func (c *checker) owned(what, path string) {
 	case runtime.GOOS != "windows" && info.Mode().Perm()&0o022 != 0:
 		c.wrong(what, "%s may be written by others than its owner (mode %v): they would command the daemon; chmod go-w", path, info.Mode().Perm())
 	default:
-		if owner, err := strangerOwns(path); err != nil {
-			c.wrong(what, "cannot tell who owns %s: %v", path, err)
-			return
-		} else if owner != "" {
-			c.wrong(what, "%s belongs to %s, who would command the daemon; it must belong to Administrators", path, owner)
+		if err := inOurHands(path); err != nil {
+			c.wrong(what, "%v", err)
 			return
 		}
 		c.ok(what, "%s", path)

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/windows/svc/mgr"
 
 	"hotpatchd/agent"
+	"hotpatchd/agent/private"
 )
 
 const (
@@ -75,7 +76,8 @@ func (i installer) install() (string, error) {
 // protectHome makes the folder of the configuration for SYSTEM and
 // Administrators only. One that is there keeps its rights, unless it is the one
 // in ProgramData, where anyone may make folders; it is refused if it belongs to
-// anyone else, who could put his own configuration into it.
+// anyone else, who could put his own configuration into it, or if it is a link:
+// what it points to would get our rights.
 func (i installer) protectHome() error {
 	const sddl = "D:P(A;OICI;FA;;;SY)(A;OICI;FA;;;BA)"
 	dir := filepath.Dir(i.config)
@@ -83,7 +85,7 @@ func (i installer) protectHome() error {
 	if err != nil {
 		return fmt.Errorf("cannot protect %s: %w", dir, err)
 	}
-	_, err = os.Stat(dir)
+	_, err = os.Lstat(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
 			return fmt.Errorf("cannot make the folder of the configuration: %w", err)
@@ -103,50 +105,19 @@ func (i installer) protectHome() error {
 	if err != nil {
 		return fmt.Errorf("cannot look at the folder of the configuration: %w", err)
 	}
-	if owner, err := strangerOwns(dir); err != nil || owner != "" {
-		if err == nil {
-			err = fmt.Errorf("it belongs to %s, who would command the service", owner)
-		}
-		return fmt.Errorf("cannot use %s: %w", dir, err)
-	}
-	if !strings.EqualFold(dir, filepath.Dir(agent.DefaultConfigPath())) {
-		return nil
-	}
-	dacl, _, err := sd.DACL()
-	if err == nil {
-		err = windows.SetNamedSecurityInfo(dir, windows.SE_FILE_OBJECT,
-			windows.DACL_SECURITY_INFORMATION|windows.PROTECTED_DACL_SECURITY_INFORMATION, nil, nil, dacl, nil)
+	if strings.EqualFold(dir, filepath.Dir(agent.DefaultConfigPath())) {
+		err = private.Protect(dir, sddl)
+	} else {
+		err = private.CheckOwner(dir)
 	}
 	if err != nil {
-		return fmt.Errorf("cannot protect %s: %w", dir, err)
+		return fmt.Errorf("cannot use %s for the configuration: %w", dir, err)
 	}
 	return nil
 }
 
-// trustedInstaller owns what came with Windows.
-const trustedInstaller = "S-1-5-80-956008885-3418522649-1831038044-1853292631-2271478464"
-
-// strangerOwns tells who owns a file or folder if that is neither the system,
-// nor Administrators, nor who installs.
-func strangerOwns(path string) (owner string, err error) {
-	sd, err := windows.GetNamedSecurityInfo(path, windows.SE_FILE_OBJECT, windows.OWNER_SECURITY_INFORMATION)
-	if err != nil {
-		return "", err
-	}
-	sid, _, err := sd.Owner()
-	if err != nil {
-		return "", err
-	}
-	self, err := windows.GetCurrentProcessToken().GetTokenUser()
-	if err != nil {
-		return "", err
-	}
-	if sid.IsWellKnown(windows.WinLocalSystemSid) || sid.IsWellKnown(windows.WinBuiltinAdministratorsSid) ||
-		sid.Equals(self.User.Sid) || sid.String() == trustedInstaller {
-		return "", nil
-	}
-	return sid.String(), nil
-}
+// checkHands refuses a link, and what somebody else owns or may write to.
+func checkHands(path string, who ...string) error { return private.CheckHands(path, who...) }
 
 // commandLine is what the manager starts. The program's path is quoted also
 // where it need not be: unquoted, a later move below a folder with a space

@@ -51,9 +51,14 @@ func runCommand(c *command, args []string, _, errOut io.Writer) int {
 	path := f.String("config", agent.DefaultConfigPath(), "")
 	format := f.String("log", "", "")
 	file := f.String("log-file", "", "")
-	managed := f.Bool("service", false, "") // set by the installed service on Windows
+	managed := f.Bool("service", false, "")         // set by the installed service on Windows
+	installedBy := f.String("installed-by", "", "") // and who has installed it: an SID
 	if code, done := c.parse(f, args); done {
 		return code
+	}
+	var trust []string
+	if *installedBy != "" {
+		trust = []string{*installedBy}
 	}
 	logTo := errOut
 	if *file != "" {
@@ -69,7 +74,7 @@ func runCommand(c *command, args []string, _, errOut io.Writer) int {
 		fmt.Fprintln(errOut, "hotpatchd: "+err.Error())
 		return exitUsage
 	}
-	work := func(ctx context.Context, ready func()) error { return runConfigured(ctx, *path, log, ready) }
+	work := func(ctx context.Context, ready func()) error { return runConfigured(ctx, *path, trust, log, ready) }
 	if *managed {
 		log = withEvents(log)
 		err = underManager(work)
@@ -114,14 +119,18 @@ func bounded(ctx context.Context, limit time.Duration, fn func() error) error {
 }
 
 // runConfigured loads the configuration and works until ctx ends. ready is called
-// once the daemon serves.
-func runConfigured(ctx context.Context, path string, log *zap.Logger, ready func()) error {
+// once the daemon serves. trust are SIDs that may command the daemon beside the
+// system (Windows).
+func runConfigured(ctx context.Context, path string, trust []string, log *zap.Logger, ready func()) error {
 	c, shown, err := agent.LoadManagedConfig(path, management())
 	if errors.Is(err, fs.ErrNotExist) {
 		return &hintedError{err, writeConfig(path)}
 	}
 	if err != nil {
 		return &hintedError{err, "hotpatchd check-config --config " + path}
+	}
+	if err := commandersOf(c, trust...); err != nil {
+		return err
 	}
 	modest()
 	backend, err := openBackend(c)

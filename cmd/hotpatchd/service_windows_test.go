@@ -20,6 +20,7 @@ import (
 
 	"hotpatchd/agent"
 	"hotpatchd/agent/control"
+	"hotpatchd/agent/private"
 )
 
 const eventSource = `SYSTEM\CurrentControlSet\Services\EventLog\Application\` + serviceName
@@ -386,5 +387,28 @@ func TestProgramDataIsTheSystems(t *testing.T) {
 	want, err := windows.KnownFolderPath(windows.FOLDERID_ProgramData, 0)
 	if err != nil || !strings.EqualFold(filepath.Dir(agent.DefaultConfigPath()), filepath.Join(want, "hotpatchd")) || strings.Contains(want, "Public") {
 		t.Errorf("%s, not below %s (%v)", agent.DefaultConfigPath(), want, err)
+	}
+}
+
+// TestLinkIsNoHome: what stands in the place of our folder and leads elsewhere
+// is not used, and what it leads to keeps its rights. A link that is shown in
+// the handle's attributes only is private's to test.
+func TestLinkIsNoHome(t *testing.T) {
+	// In Wine this is a link that every prefix has: of the user's, to a folder of Unix.
+	link, err := os.UserHomeDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	link = filepath.Join(link, "Documents")
+	name, err := windows.UTF16PtrFromString(link)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if a, err := windows.GetFileAttributes(name); err != nil || a&windows.FILE_ATTRIBUTE_REPARSE_POINT == 0 {
+		t.Skipf("needs a link to a folder, %s: %#x, %v", link, a, err)
+	}
+	i := installer{config: filepath.Join(link, "config.toml"), said: &bytes.Buffer{}}
+	if err := i.protectHome(); !errors.Is(err, private.ErrLink) {
+		t.Errorf("got %v", err)
 	}
 }
