@@ -1,6 +1,9 @@
 package private
 
 import (
+	"fmt"
+	"os"
+	"path/filepath"
 	"testing"
 	"unsafe"
 
@@ -35,6 +38,44 @@ func onlyOwner(t *testing.T, path string) {
 			t.Errorf("%s lets %s in: %s", path, sid, sd)
 		}
 	}
+}
+
+// Devices, pipes and streams of other files are no new files.
+func TestCreateOnDisk(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, []byte("x"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{"NUL", `\\.\NUL`, file + ":stream", file + "::$DATA", filepath.Join(dir, "a:b")} {
+		if f, err := Create(path); err == nil {
+			f.Close()
+			t.Errorf("%s is a new file", path)
+		} else {
+			t.Log(err)
+		}
+	}
+	pipe := fmt.Sprintf(`\\.\pipe\hotpatchd-private-%d`, os.Getpid())
+	name, err := windows.UTF16PtrFromString(pipe)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h, err := windows.CreateNamedPipe(name, windows.PIPE_ACCESS_DUPLEX, 0, 1, 512, 512, 0, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer windows.CloseHandle(h)
+	if f, err := Create(pipe); err == nil {
+		f.Close()
+		t.Error("a pipe is a new file")
+	} else {
+		t.Log(err)
+	}
+	f, err := Create(`\\?\` + filepath.Join(dir, "long"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
 }
 
 // TestDescriptor: what is asked for takes over nothing from the folder above.

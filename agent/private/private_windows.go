@@ -6,21 +6,35 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"unsafe"
 
 	"golang.org/x/sys/windows"
 )
 
 // Create makes a new file for writing. One that is there already, a link too, is
-// an error and stays as it is (fs.ErrExist).
+// an error and stays as it is (fs.ErrExist). So is a name of a device, a pipe, or
+// a stream of a file ("file:stream"): none of them is new, or protected by us.
 func Create(path string) (*os.File, error) {
+	if strings.Contains(path[len(filepath.VolumeName(path)):], ":") {
+		return nil, &fs.PathError{Op: "open", Path: path, Err: errors.New("a colon is for the drive only")}
+	}
 	name, sa, err := protected(path, "")
 	if err != nil {
 		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
 	}
 	// Protected from the first moment on: what is taken back later may have been opened before.
-	h, err := windows.CreateFile(name, windows.GENERIC_WRITE, windows.FILE_SHARE_READ, sa, windows.CREATE_NEW, windows.FILE_ATTRIBUTE_NORMAL, 0)
+	// Anonymous: whoever serves a pipe of that name does not learn to act as us.
+	h, err := windows.CreateFile(name, windows.GENERIC_WRITE, windows.FILE_SHARE_READ, sa, windows.CREATE_NEW,
+		windows.FILE_ATTRIBUTE_NORMAL|windows.SECURITY_SQOS_PRESENT|windows.SECURITY_ANONYMOUS, 0)
 	if err != nil {
+		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	if kind, err := windows.GetFileType(h); kind != windows.FILE_TYPE_DISK {
+		windows.CloseHandle(h)
+		if err == nil {
+			err = fmt.Errorf("is not a file on a disk (type %d)", kind)
+		}
 		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
 	}
 	return os.NewFile(uintptr(h), path), nil
