@@ -81,7 +81,9 @@ func (p registryPolicy) Settings() ([]agent.Setting, error) {
 }
 
 func (p registryPolicy) setting(k registry.Key, name string) (agent.Setting, error) {
-	b := make([]byte, maxPolicyValue)
+	// Eight bytes before what is read: Wine looks for the zero that ends a text
+	// also before the first byte of one that is shorter than a character.
+	b := make([]byte, 8+maxPolicyValue)[8:]
 	n, kind, err := k.GetValue(name, b)
 	if errors.Is(err, windows.ERROR_MORE_DATA) {
 		return agent.Setting{}, fmt.Errorf("has %d bytes, at most %d are read", n, maxPolicyValue)
@@ -98,12 +100,13 @@ func (p registryPolicy) setting(k registry.Key, name string) (agent.Setting, err
 		text, _, _ := strings.Cut(utf16Text(b), "\x00")
 		s.Value = text
 	case registry.MULTI_SZ: // texts with a zero after each, and an empty one at the end
-		list := []string{}
-		for _, text := range strings.Split(utf16Text(b), "\x00") {
-			if text == "" {
-				break
-			}
-			list = append(list, text)
+		list := strings.Split(strings.TrimRight(utf16Text(b), "\x00"), "\x00")
+		if len(list) == 1 && list[0] == "" {
+			list = []string{}
+		}
+		// Taken for the end, it would silently drop what follows: a deny, a hold.
+		if i := slices.Index(list, ""); i >= 0 {
+			return agent.Setting{}, fmt.Errorf("text %d is empty and another follows it", i+1)
 		}
 		s.Value = list
 	case registry.DWORD:

@@ -7,9 +7,13 @@ import (
 	"path/filepath"
 	"reflect"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
+	"unicode/utf16"
+	"unsafe"
 
+	"golang.org/x/sys/windows"
 	"golang.org/x/sys/windows/registry"
 
 	"hotpatchd/agent"
@@ -115,6 +119,64 @@ func TestRegistrySettings(t *testing.T) {
 	setValue(t, p.key+`\repository`, "url", "https://x")
 	if _, err := p.Settings(); err == nil || !strings.Contains(err.Error(), `\repository: keys below are not read`) {
 		t.Errorf("a key below: %v", err)
+	}
+}
+
+// rawValue writes a value of any type and content.
+func rawValue(t *testing.T, key, name string, kind uint32, b []byte) {
+	t.Helper()
+	k, _, err := registry.CreateKey(registry.LOCAL_MACHINE, key, registry.ALL_ACCESS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.Close()
+	n, err := windows.UTF16PtrFromString(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var p *byte
+	if len(b) > 0 {
+		p = &b[0]
+	}
+	set := windows.NewLazySystemDLL("advapi32.dll").NewProc("RegSetValueExW")
+	if r, _, _ := set.Call(uintptr(k), uintptr(unsafe.Pointer(n)), 0, uintptr(kind), uintptr(unsafe.Pointer(p)), uintptr(len(b))); r != 0 {
+		t.Fatal(syscall.Errno(r))
+	}
+}
+
+// No text of a list is dropped silently, and no odd length stops us.
+func TestRegistryLists(t *testing.T) {
+	p := testKey(t)
+	for _, c := range []struct {
+		text string
+		want []string
+		err  string
+	}{
+		{"", []string{}, ""}, {"\x00", []string{}, ""}, {"\x00\x00", []string{}, ""}, {"A", []string{"A"}, ""}, {"A\x00", []string{"A"}, ""},
+		{"A\x00B\x00\x00", []string{"A", "B"}, ""}, {"A\x00B", []string{"A", "B"}, ""}, {"A\x00\x00\x00", []string{"A"}, ""},
+		{"\x00A\x00\x00", nil, ", deny: text 1 is empty and another follows it"},
+		{"A\x00\x00B\x00\x00", nil, ", deny: text 2 is empty and another follows it"},
+	} {
+		var b []byte
+		for _, u := range utf16.Encode([]rune(c.text)) {
+			b = append(b, byte(u), byte(u>>8))
+		}
+		rawValue(t, p.key, "deny", registry.MULTI_SZ, b)
+		all, err := p.Settings()
+		switch {
+		case c.err != "":
+			if err == nil || !strings.Contains(err.Error(), c.err) {
+				t.Errorf("%q: %v, %v", c.text, all, err)
+			}
+		case err != nil || len(all) != 1 || !reflect.DeepEqual(all[0].Value, any(c.want)):
+			t.Errorf("%q: %v, %v, want %v", c.text, all, err, c.want)
+		}
+	}
+	for _, kind := range []uint32{registry.SZ, registry.EXPAND_SZ, registry.MULTI_SZ} {
+		for n := range 4 {
+			rawValue(t, p.key, "deny", kind, []byte("\x00\x00A")[:n])
+			p.Settings() // some are wrong; none is a crash
+		}
 	}
 }
 
