@@ -5,9 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"time"
 
 	"go.uber.org/zap"
@@ -119,26 +119,51 @@ func (a *Agent) stageSet(ctx context.Context, o repository.Offer) (baseline.Reco
 	return a.bases.area.Stage(s, a.o.Boot, a.o.Now())
 }
 
-// ownFile: state, configuration, policy and root of trust are the owner's word.
+// ownFile: state, configuration, policy, what is trusted and the running program
+// are the owner's word. Files are compared by what they are besides their names:
+// short names of Windows and links spell one in several ways.
 func (a *Agent) ownFile(destination string) (what string, is bool) {
-	real := func(path string) string {
-		if p, err := filepath.EvalSymlinks(path); err == nil {
-			return p
-		}
-		return filepath.Clean(path)
-	}
-	place := filepath.Join(real(filepath.Dir(destination)), filepath.Base(destination))
 	c := a.o.Config
-	state := real(c.StateDir)
-	if foldEqual(place, state) || len(place) > len(state) && foldEqual(place[:len(state)], state) && strings.ContainsRune(`/\`, rune(place[len(state)])) {
-		return "state", true
+	for dir := filepath.Clean(destination); c.StateDir != ""; dir = filepath.Dir(dir) {
+		if samePlace(dir, c.StateDir) {
+			return "state", true
+		}
+		if dir == filepath.Dir(dir) {
+			break
+		}
 	}
-	for path, what := range map[string]string{c.File: "configuration", c.Policy.File: "policy", c.Repository.Root: "root of trust"} {
-		if path != "" && foldEqual(place, real(path)) {
+	log, program := "", ""
+	if c.File != "" {
+		log = filepath.Join(filepath.Dir(c.File), "hotpatchd.log") // where the installed service of Windows writes it
+	}
+	if exe, err := os.Executable(); err == nil {
+		program = exe
+	}
+	for path, what := range map[string]string{c.File: "configuration", c.Policy.File: "policy", c.Repository.Root: "root of trust",
+		c.Repository.CAFile: "ca_file", c.Report.CAFile: "ca_file", c.Repository.ClientCert: "client_cert", c.Report.ClientCert: "client_cert",
+		program: "program", log: "log"} {
+		if path != "" && samePlace(destination, path) {
 			return what, true
 		}
 	}
 	return "", false
+}
+
+// samePlace tells whether two paths are one: the same file, or, where none is, the
+// same name in the same folder.
+func samePlace(a, b string) bool {
+	same := func(a, b string) bool {
+		x, err := os.Stat(a)
+		if err != nil {
+			return false
+		}
+		y, err := os.Stat(b)
+		return err == nil && os.SameFile(x, y)
+	}
+	if foldEqual(filepath.Clean(a), filepath.Clean(b)) || same(a, b) {
+		return true
+	}
+	return foldEqual(filepath.Base(a), filepath.Base(b)) && same(filepath.Dir(a), filepath.Dir(b))
 }
 
 // staged takes in what staging came to.

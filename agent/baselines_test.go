@@ -1,6 +1,8 @@
 package agent
 
 import (
+	"os"
+	"path/filepath"
 	"testing"
 
 	"hotpatchd/agent/control"
@@ -40,6 +42,41 @@ func TestDecideOnFiles(t *testing.T) {
 		got := decide(v)
 		if len(got) != 1 || got[0].Kind != DoNothing || got[0].State != c.state || got[0].Reason.Code != c.code || got[0].Remedy != c.remedy {
 			t.Errorf("%s: %+v", name, got)
+		}
+	}
+}
+
+// No name of the daemon's own files is a destination, also one that is spelled
+// otherwise; a hard link stands for the short names of Windows.
+func TestOwnFiles(t *testing.T) {
+	dir := t.TempDir()
+	at := func(name string) string { return filepath.Join(dir, name) }
+	c := &Config{File: at("config.toml"), StateDir: at("state")}
+	c.Policy.File, c.Repository.Root = at("policy.toml"), at("root.json")
+	c.Repository.CAFile, c.Repository.ClientCert, c.Report.CAFile, c.Report.ClientCert = at("ca.pem"), at("client.pem"), at("ca2.pem"), at("client2.pem")
+	if err := os.Mkdir(c.StateDir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"config.toml", "policy.toml", "root.json", "ca.pem", "ca2.pem", "client2.pem", "app.dll", "state/state.db"} {
+		if err := os.WriteFile(at(name), []byte("x"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Link(c.Policy.File, at("POLICY~1.TOM")); err != nil {
+		t.Skip("needs hard links:", err)
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := &Agent{o: Options{Config: c}}
+	for path, want := range map[string]string{
+		c.File: "configuration", c.Policy.File: "policy", at("POLICY~1.TOM"): "policy", at("Policy.TOML"): "policy", c.Repository.Root: "root of trust",
+		at("ca.pem"): "ca_file", at("ca2.pem"): "ca_file", at("client.pem"): "client_cert", at("client2.pem"): "client_cert",
+		at("hotpatchd.log"): "log", exe: "program", at("state/state.db"): "state", at("state/new/x"): "state", at("app.dll"): "", at("statement/x"): "",
+	} {
+		if got, is := a.ownFile(path); got != want || is != (want != "") {
+			t.Errorf("%s: %q, want %q", path, got, want)
 		}
 	}
 }

@@ -245,6 +245,32 @@ func TestUnstage(t *testing.T) {
 	}
 }
 
+// Products whose names differ in case only have a journal each: one name could be
+// one file for both.
+func TestJournalsOfTwoCases(t *testing.T) {
+	d := newDisk(t)
+	d.stage()
+	s := d.set()
+	s.Product, s.Release = "ACME", "ACME-B2"
+	s.Files = s.Files[2:]
+	s.Files[0].Destination = d.path("lib/more.dll")
+	if _, err := d.x.Stage(s, "boot-1", noon); err != nil {
+		t.Fatal(err)
+	}
+	list, err := os.ReadDir(d.path("journals"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := map[string]bool{}
+	for _, e := range list {
+		seen[strings.ToLower(e.Name())] = true
+	}
+	d.reopen()
+	if len(seen) != 2 || len(d.x.Records()) != 2 {
+		t.Errorf("journals %v of %d records", seen, len(d.x.Records()))
+	}
+}
+
 // died is what a step that ends our life panics with.
 type died struct{}
 

@@ -96,7 +96,33 @@ func inspect(path string) (Attributes, error) {
 	case !info.Mode().IsRegular():
 		return Attributes{}, refuse(CodeKind, path, "it is not a regular file")
 	}
+	n, err := names(path)
+	if err != nil {
+		return Attributes{}, err
+	}
+	if n != 1 {
+		return Attributes{}, refuse(CodeLink, path, "it has %d names; the others would go on naming the old file", n)
+	}
 	return Attributes{}, nil
+}
+
+// names is how many names a file has on its disk, opened for its attributes only.
+func names(path string) (uint32, error) {
+	p, err := windows.UTF16PtrFromString(path)
+	if err != nil {
+		return 0, err
+	}
+	h, err := windows.CreateFile(p, windows.FILE_READ_ATTRIBUTES, windows.FILE_SHARE_READ|windows.FILE_SHARE_WRITE|windows.FILE_SHARE_DELETE,
+		nil, windows.OPEN_EXISTING, windows.FILE_FLAG_OPEN_REPARSE_POINT, 0)
+	if err != nil {
+		return 0, &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	defer windows.CloseHandle(h)
+	var info windows.ByHandleFileInformation
+	if err := windows.GetFileInformationByHandle(h, &info); err != nil {
+		return 0, fmt.Errorf("cannot tell how many names it has: %w", err)
+	}
+	return info.NumberOfLinks, nil
 }
 
 // newFile is how a file is made that replaces nothing: as its folder says.

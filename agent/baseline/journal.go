@@ -72,7 +72,6 @@ func (e Entry) back() string   { return e.Stem + backSuffix }
 
 const (
 	journalFormat = "hotpatch-baseline-journal/1"
-	journalPrefix = "set-" // so that no product's name is that of a device of Windows
 	journalSuffix = ".json"
 	damagedSuffix = ".damaged"
 	maxJournal    = 4 << 20 // bytes: 256 files with the longest names are far below
@@ -83,8 +82,15 @@ type journal struct {
 	Record
 }
 
+// journalName is no product's own name: names that differ in case only would be
+// one file on many file systems, and some are those of devices of Windows.
+func journalName(product string) string {
+	sum := sha256.Sum256([]byte(product))
+	return hex.EncodeToString(sum[:]) + journalSuffix
+}
+
 func (x *Area) journalFile(product string) string {
-	return filepath.Join(x.dir, journalPrefix+product+journalSuffix)
+	return filepath.Join(x.dir, journalName(product))
 }
 
 // write makes a record durable: whole or not at all, then in the folder.
@@ -148,13 +154,11 @@ func readJournals(dir string) (map[string]Record, []string, error) {
 	var damaged []string
 	for _, e := range list {
 		name := e.Name()
-		product, ours := strings.CutPrefix(name, journalPrefix)
-		product, whole := strings.CutSuffix(product, journalSuffix)
-		if !ours || !whole {
+		if !strings.HasSuffix(name, journalSuffix) {
 			continue
 		}
 		r, err := readJournal(filepath.Join(dir, name))
-		if err == nil && r.Product != product {
+		if err == nil && journalName(r.Product) != name {
 			err = fmt.Errorf("it is of the product %q", r.Product)
 		}
 		if err != nil {
@@ -164,7 +168,7 @@ func readJournals(dir string) (map[string]Record, []string, error) {
 			}
 			continue
 		}
-		records[product] = r
+		records[r.Product] = r
 	}
 	return records, damaged, nil
 }

@@ -12,13 +12,18 @@ const maxPath = 1024
 
 // reserved are names that Windows takes for devices, whatever their extension
 // (Microsoft, "Naming Files, Paths, and Namespaces").
-var reserved = map[string]bool{"con": true, "prn": true, "aux": true, "nul": true, "conin$": true, "conout$": true}
+var reserved = map[string]bool{"con": true, "prn": true, "aux": true, "nul": true, "conin$": true, "conout$": true, "clock$": true}
 
 func init() {
 	for _, d := range "0123456789¹²³" {
 		reserved["com"+string(d)], reserved["lpt"+string(d)] = true, true
 	}
 }
+
+// metadata are the files that NTFS keeps about itself in the root of a drive
+// (Microsoft, "Master File Table"); the others of them lie in $Extend.
+var metadata = map[string]bool{"$mft": true, "$mftmirr": true, "$logfile": true, "$volume": true, "$attrdef": true, "$bitmap": true,
+	"$boot": true, "$badclus": true, "$secure": true, "$upcase": true, "$extend": true}
 
 // forbidden are folders of Linux whose files are the kernel's.
 var forbidden = []string{"/proc", "/sys"}
@@ -48,7 +53,7 @@ func CheckWindows(s string) error {
 	if len(s) < 4 || !letter(s[0]) || s[1] != ':' || s[2] != '\\' || !utf8.ValidString(s) {
 		return fmt.Errorf("%q is not an absolute path like C:\\Program Files\\Acme\\app.dll", s)
 	}
-	for _, name := range strings.Split(s[3:], `\`) {
+	for i, name := range strings.Split(s[3:], `\`) {
 		stem, _, _ := strings.Cut(name, ".")
 		switch {
 		case name == "" || name == "." || name == "..":
@@ -59,6 +64,8 @@ func CheckWindows(s string) error {
 			return fmt.Errorf("%q has a name that ends with a dot or a blank", s)
 		case reserved[strings.ToLower(strings.TrimRight(stem, " "))]:
 			return fmt.Errorf("%q has the name of a device", s)
+		case i == 0 && metadata[strings.ToLower(name)]:
+			return fmt.Errorf("%q is the file system's own", s)
 		}
 	}
 	if strings.Contains(s[strings.LastIndexByte(s, '\\'):], ".hotpatch-") {

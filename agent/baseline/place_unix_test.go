@@ -152,11 +152,40 @@ func TestOneFileOneProduct(t *testing.T) {
 	}
 }
 
+// One place spelled in two ways is one place, whether a file is there or not: for
+// two products, and within one set.
+func TestOnePlaceTwoSpellings(t *testing.T) {
+	for name, code := range map[string]Code{"other": CodeClaimed, "acme": CodePath} {
+		d := newDisk(t)
+		if err := os.Symlink("lib", d.path("way")); err != nil {
+			t.Fatal(err)
+		}
+		for _, i := range []int{1, 2} {
+			s := d.set()
+			again := s.Files[i]
+			again.Destination = d.path("way/" + filepath.Base(again.Destination))
+			if name == "acme" {
+				s.Files = append(s.Files, again)
+			} else {
+				if d.phase() == "" {
+					d.stage()
+				}
+				s = Set{Product: name, Release: "OTHER-B1", Files: []File{again}}
+			}
+			_, err := d.x.Stage(s, "boot-1", noon)
+			var r *Refusal
+			if !errors.As(err, &r) || r.Code != code {
+				t.Errorf("%s: %v, want code %s", again.Destination, err, code)
+			}
+		}
+	}
+}
+
 // A damaged journal is set aside and said; nothing is guessed from it.
 func TestDamagedJournal(t *testing.T) {
 	d := newDisk(t)
 	d.stage()
-	path := filepath.Join(d.path("journals"), "set-acme.json")
+	path := filepath.Join(d.path("journals"), journalName("acme"))
 	b, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
@@ -306,7 +335,8 @@ func TestSpelling(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	for _, s := range []string{"", `C:\`, `C:app.dll`, `\\server\share\x`, `C:/x/y`, `C:\x\..\y`, `C:\x\\y`, `C:\x\con`, `C:\x\NUL.dll`, `C:\x\com1.txt`, `C:\x\a.dll:s`, `C:\x.\a`, `C:\x\a `, `\\?\C:\x`, `C:\x\a*`, `C:\x\b.hotpatch-old`} {
+	for _, s := range []string{"", `C:\`, `C:app.dll`, `\\server\share\x`, `C:/x/y`, `C:\x\..\y`, `C:\x\\y`, `C:\x\con`, `C:\x\NUL.dll`, `C:\x\com1.txt`, `C:\x\a.dll:s`, `C:\x.\a`, `C:\x\a `, `\\?\C:\x`, `C:\x\a*`, `C:\x\b.hotpatch-old`,
+		`C:\x\clock$`, `C:\$MFT`, `c:\$mft\x`, `C:\$Extend\$Quota`} {
 		if CheckWindows(s) == nil {
 			t.Errorf("%q is taken", s)
 		}

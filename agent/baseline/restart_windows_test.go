@@ -1,6 +1,8 @@
 package baseline
 
 import (
+	"errors"
+	"os"
 	"os/exec"
 	"strings"
 	"testing"
@@ -28,6 +30,22 @@ func pending(t *testing.T) string {
 		t.Fatal(err)
 	}
 	return strings.Join(list, "\n")
+}
+
+// A file with a second name, which would go on naming the old one, is refused.
+func TestSecondName(t *testing.T) {
+	d := newDisk(t)
+	if err := os.Link(d.path("lib/app.dll"), d.path("lib/b.dll")); err != nil {
+		t.Fatal(err)
+	}
+	for what, err := range map[string]error{"weigh": d.x.Weigh(d.set()), "stage": func() error { _, err := d.x.Stage(d.set(), "boot-1", noon); return err }()} {
+		var r *Refusal
+		if !errors.As(err, &r) || r.Code != CodeLink {
+			t.Errorf("%s: %v, want code %s", what, err, CodeLink)
+		}
+	}
+	d.is("old")
+	d.tidy()
 }
 
 // The system itself moves the files: they are in its list, and where a restart
