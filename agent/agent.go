@@ -21,6 +21,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"reflect"
 	"slices"
 	"sync"
@@ -59,7 +60,10 @@ type Options struct {
 	// there is none. Settings are the configuration as it is in force, for people.
 	Management Management
 	Settings   []control.Setting
-	Ready      func() // called once, after records were recovered and the first pass is done
+	// Hands refuses a file that strangers may change: the policy, each time before
+	// it is read. fs.ErrNotExist is no refusal. nil: every file is taken.
+	Hands func(file string) error
+	Ready func() // called once, after records were recovered and the first pass is done
 }
 
 // Agent is the daemon's heart. Its methods that serve control may be called
@@ -414,7 +418,7 @@ func openChecks(v eligibility.Verdict) []string {
 // loadPolicy reads the policy; a wrong one leaves the last good one in force, loudly.
 func (a *Agent) loadPolicy() {
 	a.noticeConfiguration()
-	p, shown, err := LoadManagedPolicy(a.o.Config.Policy.File, a.o.Management)
+	p, shown, err := a.readPolicy()
 	if err != nil {
 		if a.policyErr == nil || a.policyErr.Error() != err.Error() {
 			a.log.Error("policy refused, the last good one stays in force", zap.Error(err))
@@ -437,6 +441,16 @@ func (a *Agent) loadPolicy() {
 	if a.facts != nil {
 		a.judge()
 	}
+}
+
+// readPolicy loads the policy, unless strangers may change it.
+func (a *Agent) readPolicy() (*Policy, []control.Setting, error) {
+	if a.o.Hands != nil {
+		if err := a.o.Hands(a.o.Config.Policy.File); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, nil, &policyError{ErrPolicyUnreadable, fmt.Errorf("cannot use %s as the policy: %w", a.o.Config.Policy.File, err)}
+		}
+	}
+	return LoadManagedPolicy(a.o.Config.Policy.File, a.o.Management)
 }
 
 // notice keeps something a person should know; detail goes to the log only.

@@ -145,6 +145,9 @@ func (c *checker) policy(cfg *agent.Config) {
 func (c *checker) repository(cfg *agent.Config) {
 	r := cfg.Repository
 	root, err := agent.ReadRoot(r.Root)
+	if hands := inOurHands(r.Root); err == nil && hands != nil {
+		err = hands
+	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist) && r.URL == "":
 		c.note("repository", "none; and no %s, so that no release can be verified at all", r.Root)

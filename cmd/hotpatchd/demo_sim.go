@@ -121,7 +121,7 @@ func (s *simStage) daemon(config string) error {
 		return err
 	}
 	serving := make(chan struct{})
-	h, err := newHeart(c, nil, s.machine, logger, func() { close(serving) })
+	h, err := newHeart(c, nil, nil, s.machine, logger, func() { close(serving) })
 	if err != nil {
 		return err
 	}

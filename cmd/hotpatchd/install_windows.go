@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 	"unsafe"
@@ -31,15 +32,29 @@ const (
 	controlPause = 100 * time.Millisecond
 )
 
-func (i installer) arguments() []string { return []string{"--service", "--log-file", i.logFile()} }
+// arguments are what the service gets besides its configuration: also who
+// installs, to whom the files may belong that the service obeys.
+func (i installer) arguments() []string {
+	args := []string{"--service", "--log-file", i.logFile()}
+	if user, err := windows.GetCurrentProcessToken().GetTokenUser(); err == nil && !user.User.Sid.IsWellKnown(windows.WinLocalSystemSid) {
+		args = append(args, "--installed-by", user.User.Sid.String())
+	}
+	return args
+}
 
 func (i installer) logFile() string { return filepath.Join(filepath.Dir(i.config), "hotpatchd.log") }
 
 func (i installer) install() (string, error) {
+	if err := inOurHands(i.exe); err != nil {
+		return "", inTheirHands("program of a service", i.exe, err)
+	}
 	if err := i.protectHome(); err != nil {
 		return "", err
 	}
 	if err := i.ensureConfig(); err != nil {
+		return "", err
+	}
+	if err := i.commanders(); err != nil {
 		return "", err
 	}
 	c := i.definition(i.arguments()...)
@@ -112,6 +127,25 @@ func (i installer) protectHome() error {
 	}
 	if err != nil {
 		return fmt.Errorf("cannot use %s for the configuration: %w", dir, err)
+	}
+	return nil
+}
+
+// commanders refuses a configuration, policy or root of trust in other hands.
+// A configuration that cannot be read names no others, and starts nothing.
+func (i installer) commanders() error {
+	c, _, err := agent.LoadManagedConfig(i.config, management())
+	if err != nil {
+		if err := inOurHands(i.config); err != nil {
+			return inTheirHands("configuration", i.config, err)
+		}
+		return nil
+	}
+	if err := commandersOf(c); err != nil {
+		return err
+	}
+	if err := inOurHands(c.Policy.File); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return inTheirHands("policy", c.Policy.File, err)
 	}
 	return nil
 }
@@ -200,7 +234,7 @@ func (i installer) uninstall() (string, error) {
 		if err := stopService(s); err != nil {
 			return err
 		}
-		return patiently(s.Delete)
+		return remove(s)
 	})
 	absent := errors.Is(err, windows.ERROR_SERVICE_DOES_NOT_EXIST)
 	if err != nil && !absent {
@@ -226,6 +260,18 @@ func (i installer) uninstall() (string, error) {
 	return "uninstalled. Configuration and state stay, and so does what is applied", nil
 }
 
+// removable is *mgr.Service.
+type removable interface{ Delete() error }
+
+// remove removes a service. One that is marked to be removed is: it goes when
+// the last who has it open closes it.
+func remove(s removable) error {
+	if err := patiently(s.Delete); err != nil && !errors.Is(err, windows.ERROR_SERVICE_MARKED_FOR_DELETE) {
+		return err
+	}
+	return nil
+}
+
 func (i installer) start() (string, error) {
 	return i.control("start", "started", func(s *mgr.Service) error { return startService(s) })
 }
@@ -248,9 +294,29 @@ func (i installer) control(action, done string, do func(*mgr.Service) error) (st
 		return "", &hintedError{fmt.Errorf("cannot %s the service: it is not installed", action), "hotpatchd service install"}
 	}
 	if err != nil {
-		return "", &hintedError{fmt.Errorf("cannot %s the service: %w", action, err), "the log is " + i.logFile()}
+		return "", &hintedError{fmt.Errorf("cannot %s the service: %w", action, err), "the log is " + i.logInUse()}
 	}
 	return done, nil
+}
+
+// logInUse is the log of the installed service, which may have been installed
+// with another configuration than this command was given.
+func (i installer) logInUse() string {
+	var line string
+	err := withService(func(s *mgr.Service) (err error) { line, err = binaryPath(s); return err })
+	if log := logOf(line); err == nil && log != "" {
+		return log
+	}
+	return i.logFile()
+}
+
+// logOf is the log file that a command line names, "" for none.
+func logOf(line string) string {
+	words, err := windows.DecomposeCommandLine(line)
+	if at := slices.Index(words, "--log-file") + 1; err == nil && at > 0 && at < len(words) {
+		return words[at]
+	}
+	return ""
 }
 
 // listed waits until the manager knows a service that was just made: one that

@@ -144,7 +144,7 @@ func runConfigured(ctx context.Context, path string, trust []string, log *zap.Lo
 		zap.String("state_dir", c.StateDir), zap.String("socket", c.Control.Socket))
 
 	serving := make(chan struct{})
-	h, err := newHeart(c, shown, backend, log, func() { close(serving) })
+	h, err := newHeart(c, shown, trust, backend, log, func() { close(serving) })
 	if errors.Is(err, fs.ErrPermission) {
 		return &hintedError{err, "run it with the rights of " + owners(runtime.GOOS) + ", to reach into processes of others; or set state_dir and [control] socket to places of this user's own"}
 	}
@@ -160,7 +160,7 @@ func runConfigured(ctx context.Context, path string, trust []string, log *zap.Lo
 }
 
 // newHeart makes the agent of this device.
-func newHeart(c *agent.Config, shown []control.Setting, backend target.Backend, log *zap.Logger, ready func()) (heart, error) {
+func newHeart(c *agent.Config, shown []control.Setting, trust []string, backend target.Backend, log *zap.Logger, ready func()) (heart, error) {
 	id, err := probe.DeviceID()
 	if err != nil {
 		log.Warn("this device has no id; rollouts by percentage pass it over until they reach all", zap.Error(err))
@@ -183,6 +183,7 @@ func newHeart(c *agent.Config, shown []control.Setting, backend target.Backend, 
 		Config: c, Backend: backend, Facts: facts, Log: log, Version: programVersion(), Ready: ready,
 		Device: func(f eligibility.Facts) probe.Device { return probe.Describe(f, id) },
 		Boot:   probe.BootID(), Management: management(), Settings: shown, SystemImage: probe.SystemImage, HostEvents: agent.WatchHost,
+		Hands: func(file string) error { return inOurHands(file, trust...) },
 	})
 }
 

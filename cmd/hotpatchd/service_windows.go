@@ -32,10 +32,12 @@ func (h *serviceHandler) Execute(_ []string, requests <-chan svc.ChangeRequest, 
 	const accepts = svc.AcceptStop | svc.AcceptShutdown | svc.AcceptPreShutdown
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	ready, done := make(chan struct{}), make(chan error, 1)
-	go func() { done <- bounded(ctx, stopWait, func() error { return h.work(ctx, func() { close(ready) }) }) }()
+	started, done := make(chan struct{}), make(chan error, 1)
+	ready := started // nil once it is of no interest; work may say so later still
+	go func() { done <- bounded(ctx, stopWait, func() error { return h.work(ctx, func() { close(started) }) }) }()
 
 	state, checkpoint := svc.StartPending, uint32(0)
+	stopping := false // asked to: an error on the way out is in the log, and must not start us again
 	pending := func() {
 		checkpoint++
 		status <- svc.Status{State: state, CheckPoint: checkpoint, WaitHint: uint32(pendingHint.Milliseconds())}
@@ -58,11 +60,12 @@ func (h *serviceHandler) Execute(_ []string, requests <-chan svc.ChangeRequest, 
 				status <- r.CurrentStatus
 			case svc.Stop, svc.Shutdown, svc.PreShutdown:
 				cancel()
+				stopping = true
 				ready, state, checkpoint = nil, svc.StopPending, 0
 				pending()
 			}
 		case h.err = <-done:
-			if h.err != nil {
+			if h.err != nil && !stopping {
 				return true, 1 // counts as a failure: the recovery actions start us again
 			}
 			return false, 0

@@ -72,7 +72,7 @@ func TestServiceFromInstallToUninstall(t *testing.T) {
 		t.Fatal(err)
 	}
 	words, err := windows.DecomposeCommandLine(line)
-	if err != nil || strings.Join(words, "|") != strings.Join([]string{exe, "run", "--config", path, "--service", "--log-file", filepath.Join(dir, "hotpatchd.log")}, "|") {
+	if err != nil || strings.Join(words, "|") != strings.Join([]string{exe, "run", "--config", path, "--service", "--log-file", filepath.Join(dir, "hotpatchd.log"), "--installed-by", ownSID(t)}, "|") {
 		t.Errorf("the manager starts %q: %v", words, err)
 	}
 	if !strings.HasPrefix(line, `"`+exe+`"`) {
@@ -153,12 +153,93 @@ func TestServiceThatCannotStart(t *testing.T) {
 	if code, _, errOut := call("service", "install", "--config", path); code != exitDone {
 		t.Fatal(errOut)
 	}
-	code, _, errOut := call("service", "start", "--config", path)
+	// Asked with another configuration: the log is that of the one in use.
+	code, _, errOut := call("service", "start", "--config", filepath.Join(dir, "other", "config.toml"))
 	if code != exitFailed || !strings.Contains(errOut, "cannot start the service") || !strings.Contains(errOut, "hint: the log is "+filepath.Join(dir, "hotpatchd.log")) {
 		t.Errorf("exit %d, %s", code, errOut)
 	}
 	if b, _ := os.ReadFile(filepath.Join(dir, "hotpatchd.log")); !strings.Contains(string(b), "config.toml:2:1") {
 		t.Errorf("log:\n%s", b)
+	}
+}
+
+func ownSID(t *testing.T) string {
+	t.Helper()
+	user, err := windows.GetCurrentProcessToken().GetTokenUser()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return user.User.Sid.String()
+}
+
+// everyoneMay lets everybody change the file, until the test ends or undo.
+func everyoneMay(t *testing.T, path string) (undo func()) {
+	t.Helper()
+	set := func(sddl string) {
+		sd, err := windows.SecurityDescriptorFromString(sddl)
+		if err != nil {
+			t.Fatal(err)
+		}
+		dacl, _, err := sd.DACL()
+		if err == nil {
+			err = windows.SetNamedSecurityInfo(path, windows.SE_FILE_OBJECT, windows.DACL_SECURITY_INFORMATION|windows.PROTECTED_DACL_SECURITY_INFORMATION, nil, nil, dacl, nil)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	ours := "D:P(A;OICI;FA;;;SY)(A;OICI;FA;;;BA)(A;OICI;FA;;;" + ownSID(t) + ")"
+	set(ours + "(A;OICI;FA;;;WD)")
+	return func() { set(ours) }
+}
+
+// TestStrangersFilesAreNotObeyed: neither installed with, nor started with.
+func TestStrangersFilesAreNotObeyed(t *testing.T) {
+	folder, path := configured(t, "repository = { root = \"root.json\" }\nbackend = { name = \"sim\", scene = \"scene.toml\" }\n")
+	put(t, filepath.Join(folder, "scene.toml"), "format = \"hotpatchd-scene/1\"\n")
+	put(t, filepath.Join(folder, "policy.toml"), "format = \"hotpatchd-policy/1\"\nmode = \"manual\"\n")
+	put(t, filepath.Join(folder, "root.json"), "{}")
+	exe := filepath.Join(folder, "hotpatchd.exe")
+	put(t, exe, "")
+	i := installer{exe: exe, config: path, said: &bytes.Buffer{}}
+	if err := i.commanders(); err != nil {
+		t.Fatal(err)
+	}
+	if err := inOurHands(exe); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		file   string
+		as     string
+		starts bool
+	}{
+		{folder, "configuration", false}, {path, "configuration", false}, {filepath.Join(folder, "root.json"), "root of trust", false},
+		{filepath.Join(folder, "policy.toml"), "policy", true},
+	} {
+		undo := everyoneMay(t, c.file)
+		var hinted *hintedError
+		if err := i.commanders(); !errors.As(err, &hinted) || !strings.Contains(err.Error(), "as the "+c.as+": ") || !strings.Contains(err.Error(), c.file+": Everyone may write to it") {
+			t.Errorf("%s: %v", c.file, err)
+		}
+		if !c.starts {
+			if err := runConfigured(t.Context(), path, nil, zap.NewNop(), func() {}); !errors.Is(err, private.ErrStranger) {
+				t.Errorf("%s: the daemon starts: %v", c.file, err)
+			}
+		}
+		if code, out, _ := call("check-config", "--config", path); code != exitFailed || !strings.Contains(out, "Everyone may write to it") {
+			t.Errorf("%s: check-config: exit %d, %s", c.file, code, out)
+		}
+		undo()
+	}
+	undo := everyoneMay(t, exe)
+	if _, err := i.install(); err == nil || !strings.Contains(err.Error(), "program of a service") {
+		t.Errorf("a program that everybody may change: %v", err)
+	}
+	undo()
+	put(t, path, "nonsense")
+	everyoneMay(t, path)
+	if err := i.commanders(); err == nil || !strings.Contains(err.Error(), "Everyone") {
+		t.Errorf("a configuration that cannot be read: %v", err)
 	}
 }
 
@@ -255,6 +336,51 @@ func TestHandler(t *testing.T) {
 	}
 }
 
+// An error after the stop that was asked for is no failure: the recovery actions
+// must not start what somebody has stopped.
+func TestErrorAfterStop(t *testing.T) {
+	requests, statuses := make(chan svc.ChangeRequest, 1), make(chan svc.Status, 100)
+	h := &serviceHandler{work: func(ctx context.Context, ready func()) error {
+		ready()
+		<-ctx.Done()
+		return errors.New("x")
+	}}
+	requests <- svc.ChangeRequest{Cmd: svc.Stop}
+	if specific, c := h.Execute(nil, requests, statuses); specific || c != 0 {
+		t.Errorf("it ends with %t, %d", specific, c)
+	}
+	if h.err == nil {
+		t.Error("the error is lost to the log")
+	}
+}
+
+func TestMarkedForDelete(t *testing.T) {
+	for _, c := range []struct {
+		errs []error
+		want error
+	}{
+		{nil, nil},
+		{[]error{windows.ERROR_SERVICE_MARKED_FOR_DELETE}, nil},
+		{[]error{windows.ERROR_SERVICE_DATABASE_LOCKED, windows.ERROR_SERVICE_MARKED_FOR_DELETE}, nil},
+		{[]error{windows.ERROR_ACCESS_DENIED}, windows.ERROR_ACCESS_DENIED},
+	} {
+		if err := remove(&balky{errs: c.errs}); !errors.Is(err, c.want) || (err == nil) != (c.want == nil) {
+			t.Errorf("%v: %v", c.errs, err)
+		}
+	}
+}
+
+func TestLogOfTheInstalled(t *testing.T) {
+	for line, want := range map[string]string{
+		`"C:\Program Files\h.exe" run --config C:\c.toml --service --log-file "D:\with space\h.log" --installed-by S-1-5-21-1`: `D:\with space\h.log`,
+		`h.exe run --log-file`: "", `h.exe run`: "", "": "",
+	} {
+		if got := logOf(line); got != want {
+			t.Errorf("%s: %q, want %q", line, got, want)
+		}
+	}
+}
+
 // heardEvents remembers events.
 type heardEvents []string
 
@@ -340,6 +466,8 @@ func (b *balky) order() error {
 	b.errs = b.errs[1:]
 	return err
 }
+
+func (b *balky) Delete() error { return b.order() }
 
 func (b *balky) Start(...string) error { return b.order() }
 

@@ -25,6 +25,9 @@ type backend struct {
 	turns   int // of so many processes with page faults one is looked at in a round
 	waiting int // how many there were
 
+	walked   time.Duration // of walks in this round
+	leftOver int           // pid of the first process that a round had no time for, 0: none
+
 	mu       sync.Mutex // covers the next ones; held for moments
 	reserved map[target.ID]reservations
 	held     map[target.ID]*frozen
@@ -45,6 +48,7 @@ func newBackend(k kernel) *backend {
 	}
 	b.desc.privileged = enableDebugPrivilege() == nil
 	b.method = chooseMethod(k)
+	b.guard.lost = b.unguarded
 	return b
 }
 

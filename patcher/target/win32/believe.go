@@ -102,6 +102,7 @@ func (z *frozen) inCode(pc target.Addr) bool {
 func (z *frozen) standing() error {
 	z.mu.Lock()
 	defer z.mu.Unlock()
+	z.abandon()
 	if z.released {
 		return z.tooLate()
 	}

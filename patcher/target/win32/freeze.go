@@ -4,6 +4,7 @@ package win32
 
 import (
 	"context"
+	"errors"
 	"runtime"
 	"sync"
 	"time"
@@ -36,6 +37,8 @@ type frozen struct {
 	current  int         // tid of the thread that is being asked
 	changed  bool        // the state change is in force
 	released bool
+	lost     bool  // released because the guardian ended
+	wrote    bool  // something was written while they stand
 	failed   error // of the release
 	pause    time.Duration
 	code     []target.Span   // executable memory in which threads stand
@@ -103,7 +106,9 @@ func (z *frozen) prepare() error {
 			return p.refuse("freeze", 0, target.ErrGone, "it has ended")
 		}
 	}
-	if err := p.b.guard.ready(p.b.kernel); err != nil {
+	if err := p.b.guard.ready(p.b.kernel); errors.Is(err, errUnguarded) {
+		return p.refuse("freeze", 0, target.ErrBusy, "the guardian: %v", err)
+	} else if err != nil {
 		return p.refuse("freeze", 0, target.ErrUnsupported, "without a guardian no thread is suspended: %v", err)
 	}
 	return z.enumerate()
@@ -286,6 +291,9 @@ func (z *frozen) add(tid int, h windows.Handle) error {
 	if z.change == 0 {
 		var err error
 		if t.slot, err = z.p.b.guard.arm(z.p.b.kernel, h); err != nil {
+			if z.p.b.guard.over() {
+				return z.p.refuse("freeze", 0, target.ErrBusy, "the guardian has ended: %v", err)
+			}
 			return z.p.fail("freeze", 0, err)
 		}
 	}
@@ -342,6 +350,9 @@ func (z *frozen) rescan() (fresh int, err error) {
 }
 
 func (z *frozen) tooLate() error {
+	if z.lost {
+		return z.p.refuse("freeze", 0, target.ErrBusy, "the guardian has ended")
+	}
 	if z.current == 0 {
 		return z.p.refuse("freeze", 0, target.ErrBusy, "out of time before the first thread stood")
 	}

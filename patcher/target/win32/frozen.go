@@ -4,6 +4,8 @@ package win32
 
 import (
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/windows"
@@ -16,6 +18,36 @@ import (
 func (z *frozen) release() {
 	z.mu.Lock()
 	defer z.mu.Unlock()
+	z.letGo()
+}
+
+// abandon gives up a freeze whose guardian has ended: if we ended too, nobody
+// would let its threads go. Once something is written, what belongs to it must
+// be written too before a thread goes on: then the freeze lasts, and is short.
+// The caller holds mu.
+func (z *frozen) abandon() {
+	guarded := func(t held) bool { return t.slot != nil }
+	if z.released || z.wrote || !slices.ContainsFunc(z.threads, guarded) || !z.p.b.guard.over() {
+		return
+	}
+	z.lost = true
+	z.letGo()
+}
+
+// unguarded gives up all freezes that need a guardian when there is none any more.
+func (b *backend) unguarded() {
+	b.mu.Lock()
+	all := slices.Collect(maps.Values(b.held))
+	b.mu.Unlock()
+	for _, z := range all {
+		z.mu.Lock()
+		z.abandon()
+		z.mu.Unlock()
+	}
+}
+
+// letGo is release for those that hold mu.
+func (z *frozen) letGo() {
 	if z.released && z.failed == nil {
 		return
 	}
@@ -104,6 +136,7 @@ func (z *frozen) Pause() time.Duration {
 func (z *frozen) Threads() ([]target.Thread, error) {
 	z.mu.Lock()
 	defer z.mu.Unlock()
+	z.abandon()
 	if err := z.ranOut("read the threads of", 0); err != nil {
 		return nil, err
 	}
@@ -177,14 +210,19 @@ func (p *process) doing(pc target.Addr) string {
 func (z *frozen) write(b []byte, at target.Addr) (int, error) {
 	z.mu.Lock()
 	defer z.mu.Unlock()
+	z.abandon()
 	if err := z.ranOut("write", at); err != nil {
 		return 0, err
 	}
+	z.wrote = true
 	return z.p.write(b, at)
 }
 
 // ranOut is an error if the threads run again.
 func (z *frozen) ranOut(op string, at target.Addr) error {
+	if z.lost {
+		return z.p.refuse(op, at, target.ErrBusy, "the freeze is over: the guardian has ended")
+	}
 	if z.released {
 		return z.p.refuse(op, at, target.ErrBusy, "the freeze is over")
 	}

@@ -54,6 +54,7 @@ type guardian struct {
 	section windows.Handle
 	table   []slot
 	free    []*slot
+	lost    func() // called when a guardian has ended, from a goroutine of its own
 }
 
 // guardianWord is the first argument of a guardian's command line.
@@ -62,6 +63,16 @@ const guardianWord = "hotpatch-guardian"
 // readyLimit bounds the start of a guardian: a process of ours, on a machine
 // that may be loaded. It is spent before any thread is stopped.
 const readyLimit = 20 * time.Second
+
+// errUnguarded: the guardian ended while there are threads that it had in its care.
+var errUnguarded = errors.New("it ended while threads are held")
+
+// over tells whether nobody watches over us.
+func (g *guardian) over() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.process == 0 || signalled(g.process)
+}
 
 // ready makes sure that a guardian watches over us.
 func (g *guardian) ready(k kernel) error {
@@ -72,7 +83,7 @@ func (g *guardian) ready(k kernel) error {
 	}
 	if g.process != 0 {
 		if len(g.free) != len(g.table) {
-			return errors.New("it ended while threads are held")
+			return errUnguarded
 		}
 		windows.CloseHandle(g.process)
 		g.process = 0
@@ -156,7 +167,19 @@ func (g *guardian) start() error {
 		windows.CloseHandle(h)
 		return fmt.Errorf("it does not begin to watch within %v", readyLimit)
 	}
+	var end windows.Handle // closing ours ends no wait
+	if err := windows.DuplicateHandle(current, h, current, &end, windows.SYNCHRONIZE, false, 0); err != nil {
+		c.Process.Kill()
+		windows.CloseHandle(h)
+		return err
+	}
 	g.process = h
+	go func() {
+		// It ends with us at the latest: a wait without a bound.
+		windows.WaitForSingleObject(end, windows.INFINITE)
+		windows.CloseHandle(end)
+		g.lost()
+	}()
 	return nil
 }
 

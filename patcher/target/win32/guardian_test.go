@@ -4,7 +4,11 @@ package win32
 
 import (
 	"context"
+	"errors"
+	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/windows"
 
@@ -62,7 +66,8 @@ func TestSettle(t *testing.T) {
 }
 
 // TestGuardianEnds: without one no thread is stopped, so there is another for
-// the next freeze.
+// the next freeze; a freeze whose guardian ends is given up, unless something
+// has been written.
 func TestGuardianEnds(t *testing.T) {
 	h := winhosttest.Start(t, winhosttest.Options{Spin: 1})
 	b := newTestBackend(t)
@@ -71,19 +76,7 @@ func TestGuardianEnds(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer p.Close()
-	end := func() {
-		g, err := windows.OpenProcess(windows.PROCESS_TERMINATE|windows.SYNCHRONIZE, false, guardianPID(t, b))
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer windows.CloseHandle(g)
-		if err := windows.TerminateProcess(g, 1); err != nil {
-			t.Fatal(err)
-		}
-		if e, err := windows.WaitForSingleObject(g, 60000); err != nil || e != windows.WAIT_OBJECT_0 {
-			t.Fatalf("the guardian does not end: %v", err)
-		}
-	}
+	end := func() { endGuardian(t, b) }
 	if err := freezes(t, p).Thaw(); err != nil {
 		t.Fatal(err)
 	}
@@ -93,6 +86,13 @@ func TestGuardianEnds(t *testing.T) {
 		t.Error("a thread is suspended without a guardian")
 	}
 	end()
+	unheld(t, h, 0, "when the guardian has ended") // nobody calls for it
+	h.Runs()
+	at := target.Addr(h.Scratch())
+	_, err = p.WriteAt([]byte{1}, at)
+	wantError(t, "WriteAt without a guardian", err, target.ErrBusy, "the guardian has ended")
+	_, err = f.Threads()
+	wantError(t, "Threads without a guardian", err, target.ErrBusy, "the guardian has ended")
 	other := winhosttest.Start(t, winhosttest.Options{Spin: 1})
 	q, err := b.Open(context.Background(), idOf(t, other.PID))
 	if err != nil {
@@ -100,14 +100,84 @@ func TestGuardianEnds(t *testing.T) {
 	}
 	defer q.Close()
 	_, err = q.Freeze(context.Background())
-	wantError(t, "Freeze while its guardian is gone", err, target.ErrUnsupported, "it ended while threads are held")
+	wantError(t, "Freeze while its guardian is gone", err, target.ErrBusy, "it ended while threads are held")
 	if err := f.Thaw(); err != nil {
 		t.Error(err)
 	}
 	if err := freezes(t, q).Thaw(); err != nil {
 		t.Error(err)
 	}
+
+	// What was begun is finished: no thread goes on into half of it.
+	f = freezes(t, p)
+	for n := range 2 {
+		if _, err := p.WriteAt([]byte{1}, at); err != nil {
+			t.Errorf("write %d: %v", n, err)
+		}
+		if n == 0 {
+			end()
+		}
+	}
+	if err := f.Thaw(); err != nil {
+		t.Error(err)
+	}
 	unheld(t, h, 0, "at the end")
 	h.Healthy()
 	other.Healthy()
+}
+
+// TestGuardianEndsUnseen is that with nobody told: each step of a freeze asks.
+func TestGuardianEndsUnseen(t *testing.T) {
+	h := winhosttest.Start(t, winhosttest.Options{Spin: 1})
+	a := &altered{}
+	b := newBackend(a)
+	b.guard.lost = func() {}
+	p, err := b.Open(context.Background(), idOf(t, h.PID))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	f := freezes(t, p)
+	endGuardian(t, b)
+	_, err = p.WriteAt([]byte{1}, target.Addr(h.Scratch()))
+	wantError(t, "WriteAt without a guardian", err, target.ErrBusy, "the guardian has ended")
+	unheld(t, h, 0, "after the refusal")
+	if err := f.Thaw(); err != nil {
+		t.Error(err)
+	}
+	seen := false // by the last step of a Freeze
+	for end := time.Now().Add(winhosttest.Patience); !seen && time.Now().Before(end); {
+		var once sync.Once
+		a.onRegisters = func(windows.Handle, *registers) { once.Do(func() { endGuardian(t, b) }) }
+		f, err := p.Freeze(context.Background())
+		if err == nil {
+			t.Error("frozen, and nobody watches")
+			f.Thaw()
+			break
+		}
+		seen = errors.Is(err, target.ErrBusy) && strings.Contains(err.Error(), "the guardian has ended")
+	}
+	if !seen {
+		t.Error("no Freeze said so")
+	}
+	a.onRegisters = nil
+	unheld(t, h, 0, "at the end")
+	h.Healthy()
+}
+
+// endGuardian kills it.
+func endGuardian(t *testing.T, b *backend) {
+	t.Helper()
+	g, err := windows.OpenProcess(windows.PROCESS_TERMINATE|windows.SYNCHRONIZE, false, guardianPID(t, b))
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	defer windows.CloseHandle(g)
+	if err := windows.TerminateProcess(g, 1); err != nil {
+		t.Error(err)
+	}
+	if e, err := windows.WaitForSingleObject(g, 60000); err != nil || e != windows.WAIT_OBJECT_0 {
+		t.Errorf("the guardian does not end: %v", err)
+	}
 }

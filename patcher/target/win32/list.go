@@ -27,6 +27,24 @@ const (
 	silentLast  = 30 * time.Minute
 )
 
+// What List gives to walks through memory. A usual process has some hundreds of
+// regions and costs a millisecond; one that makes them by the ten thousand must
+// not keep List from the others.
+const (
+	walkTime    = 200 * time.Millisecond // of one process
+	walkRegions = 1 << 18                // of one process
+	// walkTotal is the time of all in one List, which the last one may exceed by
+	// silence. The processes that are left over come first in the next List.
+	walkTotal = 2 * time.Second
+)
+
+// A process whose walk takes longer than that is walked again after longFirst,
+// then after twice as long each time, up to longLast.
+const (
+	longFirst = 2 * time.Second
+	longLast  = 5 * time.Minute
+)
+
 // snapshotLimit bounds the system's answer on all processes and threads, bytes:
 // a million threads.
 const snapshotLimit = 128 << 20
@@ -38,7 +56,7 @@ type known struct {
 	sum     uint64 // of the mappings that code can come from
 	info    target.Info
 	round   uint64        // of List, in which it was last seen
-	ask     time.Time     // silent: when it is asked about again
+	ask     time.Time     // not walked to the end: when it is asked about again
 	pause   time.Duration // before that
 }
 
@@ -66,6 +84,10 @@ func (b *backend) List(ctx context.Context) ([]target.Info, error) {
 	defer b.listing.Unlock()
 	b.round++
 	b.turns, b.waiting = 1+b.waiting/faultChecks, 0
+	if k := slices.IndexFunc(entries, func(e entry) bool { return e.id.PID == b.leftOver }); k > 0 {
+		entries = slices.Concat(entries[k:], entries[:k])
+	}
+	b.walked, b.leftOver = 0, 0
 	list := make([]target.Info, 0, len(entries))
 	for _, e := range entries {
 		if ctx.Err() != nil {
@@ -97,6 +119,13 @@ func (b *backend) refresh(e entry) *known {
 	if k != nil && k.ask.IsZero() && k.virtual == e.virtual && (k.faults == e.faults || !b.turn(e.id.PID)) {
 		return k
 	}
+	left := b.walked >= walkTotal
+	if left && b.leftOver == 0 {
+		b.leftOver = e.id.PID
+	}
+	if left && k != nil {
+		return k
+	}
 	h, err := b.kernel.process(e.id.PID, windows.PROCESS_QUERY_INFORMATION|windows.SYNCHRONIZE)
 	if err != nil {
 		h, err = b.kernel.process(e.id.PID, windows.PROCESS_QUERY_LIMITED_INFORMATION|windows.SYNCHRONIZE)
@@ -109,9 +138,21 @@ func (b *backend) refresh(e entry) *known {
 	} else if !errors.Is(err, windows.ERROR_ACCESS_DENIED) {
 		return nil // gone meanwhile
 	}
+	if left {
+		return b.unwalked(h, e, 0)
+	}
+	began := time.Now()
 	sum, err := sumCode(h)
-	if errors.Is(err, errSilent) {
+	b.walked += time.Since(began)
+	switch {
+	case errors.Is(err, errSilent):
 		return b.silent(e, k)
+	case errors.Is(err, errLong):
+		pause := longFirst
+		if k != nil {
+			pause = min(max(longFirst, 2*k.pause), longLast)
+		}
+		return b.unwalked(h, e, pause)
 	}
 	if k != nil && k.ask.IsZero() && sum == k.sum {
 		k.virtual, k.faults = e.virtual, e.faults
@@ -143,6 +184,16 @@ func (b *backend) silent(e entry, was *known) *known {
 	return k
 }
 
+// unwalked notes a process whose memory was not walked through to the end. It may
+// have changed each time, which nobody can tell before the pause is over.
+func (b *backend) unwalked(h windows.Handle, e entry, pause time.Duration) *known {
+	b.changes++
+	k := &known{virtual: e.virtual, faults: e.faults, info: b.desc.describe(h, e), ask: time.Now().Add(pause), pause: pause}
+	k.info.Change = b.changes
+	b.procs[e.id.PID] = k
+	return k
+}
+
 // turn tells whether a process that took page faults is looked at this time.
 func (b *backend) turn(pid int) bool {
 	b.waiting++
@@ -159,12 +210,12 @@ func started(h windows.Handle) (uint64, error) {
 }
 
 // sumCode digests the mappings that code can come from, images and executable
-// memory; 0 if we may not ask.
+// memory; 0 if we may not ask. errLong if it takes more than its share.
 func sumCode(h windows.Handle) (uint64, error) {
 	var m maphash.Hash
 	m.SetSeed(seed)
 	found := false
-	err := walk(h, 0, maxAddr, func(i *windows.MemoryBasicInformation) bool {
+	err := walkWithin(h, 0, maxAddr, walkRegions, walkTime, func(i *windows.MemoryBasicInformation) bool {
 		found = true
 		if i.State == windows.MEM_COMMIT && (i.Type == memImage || protOf(i.Protect)&target.Exec != 0) {
 			var b [24]byte

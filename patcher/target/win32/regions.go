@@ -17,7 +17,7 @@ import (
 const (
 	// maxAddr is where addresses of programs end (47 bits).
 	maxAddr = 1 << 47
-	// maxRegions bounds what is listed of one process: more than a program with
+	// maxRegions bounds what is looked at of one process: more than a program with
 	// a million allocations has.
 	maxRegions = 4 << 20
 	// granule is the unit of reservations (SYSTEM_INFO.dwAllocationGranularity).
@@ -36,15 +36,24 @@ const silence = 5 * time.Second
 // with the question, and what it was asked for must not be looked at any more.
 var errSilent = fmt.Errorf("the system has not answered within %v: %w", silence, target.ErrBusy)
 
+// errLong: a walk met with more regions, or took longer, than it may.
+var errLong = fmt.Errorf("it has more regions of memory than can be looked at: %w", target.ErrBusy)
+
 // virtualQuery is one question; tests have it never answered.
 var virtualQuery = windows.VirtualQueryEx
 
 // walk calls f with each run of equal pages from at on, until end or f says no.
 // It calls it from another goroutine, and may go on to after errSilent.
 func walk(h windows.Handle, at, end target.Addr, f func(*windows.MemoryBasicInformation) bool) error {
+	return walkWithin(h, at, end, maxRegions, 0, f)
+}
+
+// walkWithin is walk that ends with errLong after so many regions, or with the
+// first answer after so long (0: any time).
+func walkWithin(h windows.Handle, at, end target.Addr, regions int, most time.Duration, f func(*windows.MemoryBasicInformation) bool) error {
 	var asked atomic.Uint64
 	done := make(chan error, 1)
-	go func() { done <- walkOn(h, at, end, f, &asked) }()
+	go func() { done <- walkOn(h, at, end, regions, most, f, &asked) }()
 	t := time.NewTimer(silence)
 	defer t.Stop()
 	for last := uint64(0); ; {
@@ -62,8 +71,9 @@ func walk(h windows.Handle, at, end target.Addr, f func(*windows.MemoryBasicInfo
 	}
 }
 
-func walkOn(h windows.Handle, at, end target.Addr, f func(*windows.MemoryBasicInformation) bool, asked *atomic.Uint64) error {
-	for range maxRegions {
+func walkOn(h windows.Handle, at, end target.Addr, regions int, most time.Duration, f func(*windows.MemoryBasicInformation) bool, asked *atomic.Uint64) error {
+	began := time.Now()
+	for range regions {
 		var i windows.MemoryBasicInformation
 		asked.Add(1)
 		if err := virtualQuery(h, uintptr(at), &i, unsafe.Sizeof(i)); err != nil {
@@ -76,9 +86,12 @@ func walkOn(h windows.Handle, at, end target.Addr, f func(*windows.MemoryBasicIn
 		if next <= at || !f(&i) || next >= end {
 			return nil
 		}
+		if most > 0 && time.Since(began) > most {
+			return errLong
+		}
 		at = next
 	}
-	return nil
+	return errLong
 }
 
 // protOf turns a page protection into what may be done; guard pages and those
