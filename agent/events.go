@@ -182,13 +182,12 @@ func (a *Agent) glance(ctx context.Context) {
 // glanceAt looks at some young processes; true if anything is to be done or shown anew.
 func (a *Agent) glanceAt(ctx context.Context, pids []int, began time.Time) (changed bool) {
 	w := a.o.Backend.(target.Watcher) // it has told of them
-	l, err := a.listWith("listing processes that have started", false, func() ([]target.Info, error) { return w.ListOf(ctx, pids) })
+	infos, err := a.listWith("listing processes that have started", func() ([]target.Info, error) { return w.ListOf(ctx, pids) })
 	if err != nil {
 		clear(a.starts.young) // the regular pass finds them
 		a.Wake()
 		return false
 	}
-	infos := l.infos
 	there := make(map[int]bool, len(infos))
 	late := map[int]bool{} // those that did not come in
 	lives := a.recordedLives()

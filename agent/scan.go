@@ -107,8 +107,7 @@ const lookAgain = 30 * time.Second
 func (a *Agent) scan(ctx context.Context) bool {
 	began := time.Now()
 	defer func() { a.scanCost = time.Since(began) }()
-	l, err := a.listWith("listing the processes", true, func() ([]target.Info, error) { return a.o.Backend.List(ctx) })
-	infos := l.infos
+	infos, err := a.listWith("listing the processes", func() ([]target.Info, error) { return a.o.Backend.List(ctx) })
 	if err != nil {
 		if a.scanErr == nil {
 			a.log.Error("cannot list processes", zap.Error(err))
@@ -117,10 +116,8 @@ func (a *Agent) scan(ctx context.Context) bool {
 		a.scanErr = err
 		return changed
 	}
-	changed := a.scanErr != nil && !l.late || a.scannedAt.IsZero()
-	if !l.late {
-		a.scanErr = nil
-	}
+	changed := a.scanErr != nil || a.scannedAt.IsZero()
+	a.scanErr = nil
 	seen := make(map[target.ID]bool, len(infos))
 	now := a.o.Now()
 	var due []*target.Info
@@ -129,12 +126,6 @@ func (a *Agent) scan(ctx context.Context) bool {
 		seen[info.ID] = true
 		if a.isDue(info) {
 			due = append(due, info)
-		}
-	}
-	for id, p := range a.procs { // a late list proves nobody's end: look
-		if l.late && !seen[id] {
-			seen[id] = true
-			due = append(due, &p.info)
 		}
 	}
 	slices.SortStableFunc(due, func(x, y *target.Info) int { return a.lookedAt(x.ID).Compare(a.lookedAt(y.ID)) })
@@ -158,7 +149,7 @@ func (a *Agent) scan(ctx context.Context) bool {
 	}
 	var over []patcher.Record
 	for _, r := range a.allRecords() {
-		if !l.late && !seen[r.ID] && a.left[r.ID] == nil && (r.Boot == a.o.Boot || r.Boot == "") {
+		if !seen[r.ID] && a.left[r.ID] == nil && (r.Boot == a.o.Boot || r.Boot == "") {
 			over = append(over, r)
 		}
 	}
@@ -170,7 +161,7 @@ func (a *Agent) scan(ctx context.Context) bool {
 	if !a.more || !a.scannedAt.IsZero() { // the first scan is done when all was seen
 		a.scannedAt = now
 	}
-	a.listedAt = l.began
+	a.listedAt = began
 	return changed
 }
 
@@ -200,59 +191,39 @@ func (a *Agent) lookedAt(id target.ID) time.Time {
 // file of a process that is read for it may hang.
 const listMost = 10 * time.Second
 
-// lateMost is how old a list that came late may be when it is used. Who is in it
-// is opened by his start time, so age does no harm; only what started since is
-// missing, which the next list shall tell.
-const lateMost = time.Minute
-
 // listed is what a list came to.
 type listed struct {
 	infos []target.Info
 	err   error
-	began time.Time // by a clock that nobody sets
-	all   bool      // of all processes, not of some that were asked for
-	// late: it was not waited for when it began. Who is in it may be looked at,
-	// but who is not in it may live: only looking at him tells.
-	late bool
 }
 
 var errListing = fmt.Errorf("listing the processes does not end within %s", listMost)
 
-// listWith asks for processes, all or some, and waits for no list that does not
-// end. One of all that ends later is the answer to the next question for all.
-func (a *Agent) listWith(step string, all bool, list func() ([]target.Info, error)) (listed, error) {
+// listWith asks for processes, and waits for no list that does not end. What
+// such a one tells in the end is too old: who is not in it may live.
+func (a *Agent) listWith(step string, list func() ([]target.Info, error)) ([]target.Info, error) {
 	a.heart.at(step)
-	if a.listing != nil && !all {
-		return listed{}, errListing // what is under way may be of all
-	}
 	t := time.NewTimer(listMost)
 	defer t.Stop()
 	if a.listing != nil {
 		select {
-		case l := <-a.listing:
+		case <-a.listing:
 			a.listing = nil
-			if l.all && l.err == nil && time.Since(l.began) < lateMost {
-				l.late = true
-				l.infos = withOwners(l.infos)
-				return l, nil
-			}
 		case <-t.C:
-			return listed{}, errListing
+			return nil, errListing
 		}
 	}
 	ch := make(chan listed, 1)
-	began := time.Now()
 	go func() {
 		infos, err := list()
-		ch <- listed{infos: infos, err: err, began: began, all: all}
+		ch <- listed{infos, err}
 	}()
 	select {
 	case l := <-ch:
-		l.infos = withOwners(l.infos)
-		return l, l.err
+		return withOwners(l.infos), l.err
 	case <-t.C:
 		a.listing = ch
-		return listed{}, errListing
+		return nil, errListing
 	}
 }
 

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -29,7 +28,6 @@ type slow struct {
 	hangs atomic.Bool
 	deaf  atomic.Bool // listing does not end, either
 	free  chan struct{}
-	late  atomic.Pointer[lateness]
 	opens atomic.Int64 // of that process
 }
 
@@ -37,16 +35,8 @@ func (s *slow) List(ctx context.Context) ([]target.Info, error) {
 	if s.deaf.Load() {
 		<-s.free
 	}
-	infos, err := s.Machine.List(ctx)
-	if l := s.late.Load(); l != nil {
-		infos = slices.DeleteFunc(infos, func(i target.Info) bool { return i.PID == greedy || i.PID == modest })
-		<-l.let
-	}
-	return infos, err
+	return s.Machine.List(ctx)
 }
-
-// lateness has each list end only when it is let go, and miss two processes.
-type lateness struct{ let chan struct{} }
 
 func (s *slow) Open(ctx context.Context, id target.ID) (target.Process, error) {
 	p, err := s.Machine.Open(ctx, id)
@@ -431,54 +421,6 @@ func TestListThatHangs(t *testing.T) {
 	s.deaf.Store(false)
 	close(s.free)
 	must(t, r.until(well))
-}
-
-// A list that ends too late is used for those that are in it: they are patched.
-// Of those that are not, only the one that is over is taken for that.
-func TestListThatIsLate(t *testing.T) {
-	if testing.Short() {
-		t.Skip("needs the time that a list is given")
-	}
-	r, s := slowRig(t, 1)
-	r.m.Deafen(true)
-	must(t, r.start())
-	defer func() { must(t, errors.Join(r.judge(), r.stop())) }()
-	ctx := context.Background()
-	patched := func(pids ...int) func() string {
-		return func() string {
-			st, err := r.life.client.Status(ctx)
-			text := fmt.Sprintf("%+v %v;", st, err)
-			well := err == nil && attends(st, "scan") == (s.late.Load() != nil)
-			for _, pid := range []int{greedy, modest, 400} {
-				n, _, err := patchedIn(r, pid)
-				text += fmt.Sprintf(" %d: %d patched %v;", pid, n, err)
-				well = well && (n == 1) == slices.Contains(pids, pid)
-			}
-			if well {
-				return ""
-			}
-			return text
-		}
-	}
-	must(t, r.until(patched(greedy, modest)))
-	l := &lateness{make(chan struct{})}
-	s.late.Store(l)
-	defer s.late.Store(nil)
-	_, err := r.m.Start(sim.Process{PID: 400, Modules: []sim.Module{{File: "demo/demo.dll"}}})
-	must(t, err)
-	must(t, r.until(patched(greedy, modest)))
-	// The list that is under way may have begun before 400 did: two are let go.
-	must(t, r.m.Exit(greedy))
-	l.let <- struct{}{}
-	select {
-	case l.let <- struct{}{}:
-	case <-time.After(patience):
-		t.Fatal("no other list is begun")
-	}
-	must(t, r.until(patched(modest, 400)))
-	s.late.Store(nil)
-	close(l.let)
-	must(t, r.until(patched(modest, 400)))
 }
 
 // What decides about turns, without a machine.
