@@ -4,6 +4,7 @@ package win32
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -198,18 +199,34 @@ func runFreezer(t *testing.T, job string) int {
 	}
 	timer := time.AfterFunc(winhosttest.Patience, func() { c.Process.Kill() })
 	defer timer.Stop()
-	pid := c.Process.Pid
+	// Open until its guardian is over: its pid is given to no other process meanwhile.
+	h, err := windows.OpenProcess(windows.PROCESS_QUERY_LIMITED_INFORMATION, false, uint32(c.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer windows.CloseHandle(h)
 	c.Wait()
-	for end := time.Now().Add(winhosttest.Patience); childOf(t, pid) != 0; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(winhosttest.Patience); childOf(t, h) != 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("%s: guardian %d outlives its process", job, childOf(t, pid))
+			t.Fatalf("%s: guardian %d outlives its process", job, childOf(t, h))
 		}
 	}
 	return c.ProcessState.ExitCode()
 }
 
-func childOf(t *testing.T, parent int) int {
+// childOf is a process that another one started, 0 if none of them lives. A
+// process keeps the pid of its parent when that has ended and the pid is given to
+// another: who is older than h is not its child.
+func childOf(t *testing.T, h windows.Handle) int {
 	t.Helper()
+	parent, err := windows.GetProcessId(h)
+	if err != nil {
+		t.Fatal(err)
+	}
+	since, err := started(h)
+	if err != nil {
+		t.Fatal(err)
+	}
 	s, err := windows.CreateToolhelp32Snapshot(windows.TH32CS_SNAPPROCESS, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -217,11 +234,29 @@ func childOf(t *testing.T, parent int) int {
 	defer windows.CloseHandle(s)
 	e := windows.ProcessEntry32{Size: uint32(unsafe.Sizeof(windows.ProcessEntry32{}))}
 	for err = windows.Process32First(s, &e); err == nil; err = windows.Process32Next(s, &e) {
-		if int(e.ParentProcessID) == parent {
+		if e.ParentProcessID == parent && livesSince(t, e.ProcessID, since) {
 			return int(e.ProcessID)
 		}
 	}
 	return 0
+}
+
+// livesSince tells whether a process lives and was not there before a time.
+func livesSince(t *testing.T, pid uint32, since uint64) bool {
+	t.Helper()
+	h, err := windows.OpenProcess(windows.PROCESS_QUERY_LIMITED_INFORMATION|windows.SYNCHRONIZE, false, pid)
+	if errors.Is(err, windows.ERROR_INVALID_PARAMETER) || errors.Is(err, windows.ERROR_ACCESS_DENIED) {
+		return false // it has ended, or is none of ours
+	}
+	if err != nil {
+		t.Fatalf("process %d: %v", pid, err)
+	}
+	defer windows.CloseHandle(h)
+	at, err := started(h)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return at >= since && !signalled(h)
 }
 
 // unheld waits until no thread is suspended but own, which is so once.

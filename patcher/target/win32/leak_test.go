@@ -103,5 +103,5 @@ func guardianPID(t *testing.T, b *backend) uint32 {
 			return uint32(basic.UniqueProcessId)
 		}
 	}
-	return uint32(childOf(t, int(windows.GetCurrentProcessId())))
+	return uint32(childOf(t, windows.CurrentProcess()))
 }
