@@ -4,18 +4,16 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 	"reflect"
-	"runtime"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 	"unicode/utf8"
 
 	"github.com/pelletier/go-toml/v2"
 	"github.com/pelletier/go-toml/v2/unstable"
+
+	"hotpatchd/agent/regular"
 )
 
 // maxDocument bounds a configuration or policy file, in bytes. Ours are below
@@ -36,51 +34,10 @@ type document struct {
 }
 
 // readDocument reads a configuration or policy file.
-func readDocument(file string) ([]byte, error) { return readRegular(file, maxDocument) }
+func readDocument(file string) ([]byte, error) { return regular.Read(file, maxDocument) }
 
 // ReadRoot reads a root of trust, root.json.
-func ReadRoot(file string) ([]byte, error) { return readRegular(file, maxRoot) }
-
-// On Windows a program may keep everybody else from a file while it writes it:
-// that is no wrong file. Who writes some kilobytes is done within a second.
-const (
-	errorSharingViolation = syscall.Errno(32) // Windows' system error code
-	sharingPause          = 20 * time.Millisecond
-	sharingTries          = 50
-)
-
-func openShared(file string) (*os.File, error) {
-	for n := 1; ; n++ {
-		f, err := os.OpenFile(file, os.O_RDONLY|syscall.O_NONBLOCK, 0)
-		if n == sharingTries || runtime.GOOS != "windows" || !errors.Is(err, errorSharingViolation) {
-			return f, err
-		}
-		time.Sleep(sharingPause)
-	}
-}
-
-// readRegular reads a regular file of at most most bytes. It waits for nobody's
-// words: whoever puts a pipe in the place of a file must not stop the daemon.
-func readRegular(file string, most int64) ([]byte, error) {
-	f, err := openShared(file)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	if info, err := f.Stat(); err != nil {
-		return nil, err
-	} else if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("%s is not a regular file", file)
-	}
-	text, err := io.ReadAll(io.LimitReader(f, most+1))
-	if err != nil {
-		return nil, err
-	}
-	if int64(len(text)) > most {
-		return nil, fmt.Errorf("%s is longer than %d bytes", file, most)
-	}
-	return text, nil
-}
+func ReadRoot(file string) ([]byte, error) { return regular.Read(file, maxRoot) }
 
 // decode fills into from text. The format is looked at first: a document for a
 // newer daemon is named as such, not by the first key that is new in it.

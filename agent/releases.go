@@ -17,6 +17,7 @@ import (
 	"go.uber.org/zap"
 
 	"hotpatchd/agent/control"
+	"hotpatchd/agent/regular"
 	"hotpatchd/agent/release"
 	"hotpatchd/agent/repository"
 	"hotpatchd/agent/store"
@@ -193,7 +194,7 @@ func unknownFeatures(features []string) []string { return slices.Clone(features)
 // bytesOf takes a release from those that came as files, else from the
 // repository (or its cache). Length and hash are those of verified metadata.
 func (a *Agent) bytesOf(ctx context.Context, o repository.Offer) ([]byte, error) {
-	b, err := readRegular(a.localFile(o.SHA256), release.MaxRelease)
+	b, err := regular.Read(a.localFile(o.SHA256), release.MaxRelease)
 	if err == nil {
 		sum := sha256.Sum256(b)
 		if hex.EncodeToString(sum[:]) == o.SHA256 {

@@ -4,18 +4,18 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/url"
-	"os"
 	"strconv"
 	"strings"
 	"time"
 	"unicode"
+
+	"hotpatchd/agent/regular"
 )
 
 // Bounds of one delivery: a collector that hangs costs one goroutine for so long.
@@ -77,26 +77,8 @@ func NewHTTPS(c Collector) (*HTTPS, error) {
 		}
 		rt.Proxy = http.ProxyURL(p)
 	}
-	if c.CAFile != "" {
-		b, err := os.ReadFile(c.CAFile)
-		if err != nil {
-			return nil, fmt.Errorf("cannot read ca_file: %w", err)
-		}
-		pool, err := x509.SystemCertPool()
-		if err != nil {
-			pool = x509.NewCertPool()
-		}
-		if !pool.AppendCertsFromPEM(b) {
-			return nil, fmt.Errorf("ca_file %s holds no certificate in PEM", c.CAFile)
-		}
-		rt.TLSClientConfig.RootCAs = pool
-	}
-	if c.ClientCert != "" {
-		cert, err := tls.LoadX509KeyPair(c.ClientCert, c.ClientCert)
-		if err != nil {
-			return nil, fmt.Errorf("client_cert %s does not hold a certificate and its key in PEM: %w", c.ClientCert, err)
-		}
-		rt.TLSClientConfig.Certificates = []tls.Certificate{cert}
+	if err := regular.Certificates(rt.TLSClientConfig, c.CAFile, c.ClientCert); err != nil {
+		return nil, err
 	}
 	return &HTTPS{
 		url: c.URL, agent: strings.TrimSpace("hotpatchd " + c.Version), now: c.Now,

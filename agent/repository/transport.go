@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -18,6 +17,8 @@ import (
 	"time"
 
 	"github.com/theupdateframework/go-tuf/v2/metadata"
+
+	"hotpatchd/agent/regular"
 )
 
 // limits bound every wait on a server. A device must get on with its work when
@@ -90,8 +91,8 @@ func newTransport(cfg *Config, limits limits) (*transport, error) {
 	if err := t.useProxy(rt, cfg.Proxy); err != nil {
 		return nil, err
 	}
-	if err := useFiles(rt.TLSClientConfig, cfg.CAFile, cfg.ClientCert); err != nil {
-		return nil, err
+	if err := regular.Certificates(rt.TLSClientConfig, cfg.CAFile, cfg.ClientCert); err != nil {
+		return nil, fail(CodeConfig, err, "%s", err)
 	}
 	t.client = &http.Client{Transport: rt, CheckRedirect: t.redirect}
 	return t, nil
@@ -122,36 +123,6 @@ func (t *transport) useProxy(rt *http.Transport, proxy string) error {
 
 func (t *transport) proxyAuth() *Error {
 	return fail(CodeProxyAuth, nil, "proxy %s answers 407, login required", t.proxy).hint("[repository] proxy")
-}
-
-// useFiles adds the administrator's certificates; the system's stay trusted.
-func useFiles(c *tls.Config, caFile, clientCert string) error {
-	if caFile != "" {
-		b, err := readPEM(caFile)
-		if err != nil {
-			return fail(CodeConfig, err, "cannot read ca_file %s: %s", caFile, reason(err))
-		}
-		pool, err := x509.SystemCertPool()
-		if err != nil {
-			pool = x509.NewCertPool()
-		}
-		if !pool.AppendCertsFromPEM(b) {
-			return fail(CodeConfig, nil, "ca_file %s holds no certificate in PEM", caFile)
-		}
-		c.RootCAs = pool
-	}
-	if clientCert != "" {
-		b, err := readPEM(clientCert)
-		if err != nil {
-			return fail(CodeConfig, err, "cannot read client_cert %s: %s", clientCert, reason(err))
-		}
-		cert, err := tls.X509KeyPair(b, b)
-		if err != nil {
-			return fail(CodeConfig, err, "client_cert %s does not hold a certificate and its key in PEM", clientCert)
-		}
-		c.Certificates = []tls.Certificate{cert}
-	}
-	return nil
 }
 
 // redirect keeps a server from sending us to a file, to plain text or in circles.

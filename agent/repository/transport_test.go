@@ -292,7 +292,7 @@ func TestFolderOfOddFiles(t *testing.T) {
 	if err := os.Mkdir(f.file("metadata/timestamp.json"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if e := refused(t, f.client(""), CodeUnreachable); !strings.Contains(e.Text, "not a file") {
+	if e := refused(t, f.client(""), CodeUnreachable); !strings.Contains(e.Text, "not a regular file") || strings.Count(e.Text, "timestamp.json") != 1 {
 		t.Error(e)
 	}
 }
