@@ -112,6 +112,8 @@ type Agent struct {
 	rows           map[rowKey]row
 	trials         map[string]time.Time // release → when its first process was patched
 	vigil          *vigil
+	ends           <-chan target.Event // of followed lives; nil: the backend tells none, or all with the starts
+	followed       map[target.ID]bool  // nil: the backend needs not be told whom to follow
 	harms          harms
 	programsAt     time.Time            // when what is known of programs was stored
 	checked        map[string]time.Time // record → when it was last compared with memory
@@ -237,7 +239,8 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.history(own, control.HistoryEntry{Action: "start", Text: "hotpatchd " + a.o.Version + " started"})
 	wctx, cancel := context.WithCancel(ctx)
 	a.watchProcesses(wctx) // before the first list: what starts meanwhile is told
-	a.restartBaselines()   // before any process is touched
+	a.followEnds(wctx)
+	a.restartBaselines() // before any process is touched
 	a.recoverAll(ctx)
 	begun := time.Now()
 	a.pass(ctx, "", nil)
@@ -279,6 +282,12 @@ func (a *Agent) Run(ctx context.Context) error {
 				a.takeEvents(e)
 			} else { // the end
 				a.starts.events = nil
+			}
+		case e, ok := <-a.ends:
+			if ok {
+				a.takeEvents(e)
+			} else {
+				a.ends = nil
 			}
 		case <-timer.C:
 			if young {

@@ -28,7 +28,12 @@ const (
 func (a *Agent) heardOfEnd(e target.Event) {
 	how, text := ending(e)
 	inside := false
-	if id, ok := a.lives[e.PID]; ok && len(e.Faults) > 0 {
+	id, ok := a.lives[e.PID]
+	if e.Start != 0 && id.Start != e.Start { // the pid is another life's by now
+		a.vigil.endOf(a.vigil.lives[target.ID{PID: e.PID, Start: e.Start}], how, text, false, a.o.Now())
+		return
+	}
+	if ok && len(e.Faults) > 0 {
 		var where string
 		inside, where = a.faultOf(id, e.Faults)
 		text += where
@@ -55,8 +60,10 @@ func ending(e target.Event) (guard.Ending, string) {
 	switch {
 	case e.Signal != 0:
 		return guard.OfSignal(e.Signal, 0), fmt.Sprintf("ended by signal %d", e.Signal)
-	case e.Code >= 0x80000000: // an NTSTATUS: Linux has exit codes up to 255
+	case e.Status && e.Code >= 0x80000000: // an NTSTATUS
 		return guard.OfStatus(e.Code), fmt.Sprintf("ended with status 0x%08x", e.Code)
+	case e.Status:
+		return guard.OfStatus(e.Code), fmt.Sprintf("ended with exit code %d", e.Code)
 	}
 	return guard.OfSignal(0, int(e.Code)), fmt.Sprintf("ended with exit code %d", e.Code)
 }
@@ -92,7 +99,7 @@ func (a *Agent) countLives(now time.Time) {
 		}
 	}
 	for id, p := range a.hosts {
-		if len(p.images) > 0 {
+		if len(p.images) > 0 && a.hears(id) {
 			a.vigil.living(id, ownerOf(p.info), programOf(p.info), runs[id], now)
 		}
 	}

@@ -86,6 +86,7 @@ func (a *Agent) round(ctx context.Context, forced string, progress progressFunc)
 		work = decide(v)
 	}
 	a.stopClocks(work)
+	a.follow(work)
 	return a.perform(ctx, kinds(work, DoUndo, DoApply), own, progress)
 }
 

@@ -99,7 +99,11 @@ func (v *vigil) living(id target.ID, owner, program string, runs map[string]time
 // end tells how a process ended. It is over when it is not among the living any
 // more: the main thread of a process may end before the others.
 func (v *vigil) end(pid int, how guard.Ending, text string, inside bool, at time.Time) {
-	if l := v.byPID[pid]; l != nil && l.ended.IsZero() {
+	v.endOf(v.byPID[pid], how, text, inside, at)
+}
+
+func (v *vigil) endOf(l *vita, how guard.Ending, text string, inside bool, at time.Time) {
+	if l != nil && l.ended.IsZero() {
 		l.how, l.text, l.inside, l.ended = how, text, inside, at
 	}
 }

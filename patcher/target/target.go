@@ -229,6 +229,18 @@ type Watcher interface {
 	ListOf(ctx context.Context, pids []int) ([]Info, error)
 }
 
+// Follower is optional on a Backend: the ends of chosen lives, where the system
+// tells how a process ended only to those who have hold of it.
+type Follower interface {
+	// Ends tells of the ends of lives that are followed, each once, until ctx
+	// ends; then the channel is closed and nobody is followed. One at a time.
+	Ends(ctx context.Context) (<-chan Event, error)
+	// Follow has these lives followed from now on, and no others. It returns those
+	// that are: not who is over or closed to us, and of very many the first. Nobody
+	// else is given the pid of a life before a Follow without it.
+	Follow(ids []ID) (followed []ID)
+}
+
 // EventKind is what happened to a process.
 type EventKind uint8
 
@@ -258,13 +270,15 @@ func (k EventKind) String() string {
 type Event struct {
 	Kind   EventKind
 	PID    int       // 0: Lost
+	Start  uint64    // of the life, as in ID; 0 where the system does not tell
 	Parent int       // Forked: who forked; 0 where the system does not tell
 	At     time.Time // when it happened, with Lost when that was noticed; zero if the system does not tell
 
-	// Exited: how. Code is the exit code, or on Windows the status (an
-	// NTSTATUS where an exception ended it); Signal the number of the signal
+	// Exited: how. Code is the exit code; with Status that of Windows, which is an
+	// NTSTATUS where an exception ended it. Signal is the number of the signal
 	// that ended it, 0 if none did or the system has none.
 	Code   uint32
+	Status bool
 	Signal int
 	// Faults are the instructions at which threads have faulted lately, of this
 	// process or of others; nil where the system does not tell. One that lies in

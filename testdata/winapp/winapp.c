@@ -15,6 +15,7 @@ typedef int (*function)(int);
 static HMODULE module;
 static volatile function called;
 static int allowed[16], allows;
+static int deadly = -1; /* an answer at which it crashes */
 static volatile LONG64 calls, wrong, faults, sleeps, waits;
 static HANDLE bell; /* auto-reset, rung every 50 ms */
 static volatile LONG64 work[256], seen[256]; /* of each thread; what was told last */
@@ -23,6 +24,8 @@ static int threads;
 static int call(void)
 {
 	int v = called(0);
+	if (v == deadly)
+		*(volatile int *)8 = v;
 	InterlockedIncrement64(&calls);
 	for (int i = 0; i < allows; i++)
 		if (v == allowed[i])
@@ -95,12 +98,12 @@ static void start(LPTHREAD_START_ROUTINE f)
 	CloseHandle(h);
 }
 
-/* Ends at once: a debugger started for us would keep our output open. */
+/* The system ends us at once, with the exception's code: a debugger that it
+   starts else would keep our output open. */
 static LONG CALLBACK crashed(EXCEPTION_POINTERS *x)
 {
 	printf("error exception %lx at %p\n", x->ExceptionRecord->ExceptionCode, x->ExceptionRecord->ExceptionAddress);
-	TerminateProcess(GetCurrentProcess(), 4);
-	return EXCEPTION_CONTINUE_SEARCH;
+	return EXCEPTION_EXECUTE_HANDLER;
 }
 
 int main(int argc, char **argv)
@@ -111,6 +114,8 @@ int main(int argc, char **argv)
 	SetUnhandledExceptionFilter(crashed);
 	if (argc < 7)
 		return 2;
+	if (getenv("WINAPP_DEADLY"))
+		deadly = atoi(getenv("WINAPP_DEADLY"));
 	/* Somebody else is where the DLL wants to be: it comes to another place. */
 	if (getenv("WINAPP_ELSEWHERE") && !VirtualAlloc((void *)0x180000000, 1 << 16, MEM_RESERVE, PAGE_NOACCESS))
 		return 3;

@@ -112,14 +112,24 @@ static void c_suspended(char *arg)
 	printf(h ? "ok %lu\n" : "error %lu\n", h ? id : GetLastError());
 }
 
-static void c_quit(char *arg) { exit(0); }
+static void c_quit(char *arg) { exit(atoi(arg)); }
+
+static LONG CALLBACK unhandled(EXCEPTION_POINTERS *x) { return EXCEPTION_EXECUTE_HANDLER; }
+
+/* An access violation that nobody handles: the system ends us. A debugger that
+   it starts before would keep our output open. */
+static void c_crash(char *arg)
+{
+	SetUnhandledExceptionFilter(unhandled);
+	*(volatile int *)8 = 0;
+}
 
 static const struct command {
 	const char *name;
 	void (*run)(char *arg);
 } commands[] = {
 	{"value", c_value}, {"load", c_load}, {"unload", c_unload}, {"run", c_run}, {"lookup", c_lookup},
-	{"proc", c_proc}, {"suspended", c_suspended}, {"quit", c_quit},
+	{"proc", c_proc}, {"suspended", c_suspended}, {"quit", c_quit}, {"crash", c_crash},
 };
 
 static void obey(char *line)

@@ -16,6 +16,7 @@ type backend struct {
 	method method
 	guard  guardian
 	limit  time.Duration // of a call made in a process
+	follow follower
 
 	listing sync.Mutex // covers the next ones; held for long, so never wanted while threads stand
 	procs   map[int]*known
@@ -49,6 +50,7 @@ func newBackend(k kernel) *backend {
 	b.desc.privileged = enableDebugPrivilege() == nil
 	b.method = chooseMethod(k)
 	b.guard.lost = b.unguarded
+	b.follow.kernel = k
 	return b
 }
 

@@ -23,8 +23,7 @@ func TestSuite(t *testing.T) {
 
 var lacks = map[string]string{
 	"open what the system refuses":    "who runs this test may be an administrator, to whom little is refused; see the tests of rights",
-	"the watch tells":                 "no Watcher: starts of processes are found by the next List",
-	"list of some":                    "no Watcher",
+	"the watch tells":                 "starts are told where an ETW session of ours runs, which Wine has not",
 	"a thread on its signal stack":    "Windows has no signals",
 	"a thread that cannot be stopped": "no program can keep its threads from being suspended; see the tests with a kernel of their own",
 	"exec is another life":            "Windows has no exec",

@@ -244,6 +244,14 @@ func (h *Host) Alive() bool {
 	}
 }
 
+// Tell sends a command that is not answered: it ends the host.
+func (h *Host) Tell(command string) {
+	h.t.Helper()
+	if _, err := fmt.Fprintln(h.stdin, command); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
 // Kill begins its end and does not wait for it.
 func (h *Host) Kill() { h.cmd.Process.Kill() }
 

@@ -1,0 +1,169 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"hotpatchd/agent/control"
+	"hotpatchd/agent/release"
+	"hotpatchd/agent/repository"
+	"hotpatchd/patcher/target"
+	"hotpatchd/patcher/target/sim"
+)
+
+// closed is a machine that tells how a process ended to those only who followed
+// it, as Windows does.
+type closed struct {
+	*sim.Machine
+
+	mu      sync.Mutex
+	ends    chan target.Event
+	follows map[target.ID]bool
+	refuses map[int]bool // pids
+	ever    map[int]bool // pids that were followed
+}
+
+func (c *closed) Watch(context.Context) (<-chan target.Event, error) {
+	return nil, target.ErrUnsupported
+}
+
+func (c *closed) Ends(ctx context.Context) (<-chan target.Event, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	ends := make(chan target.Event, 100)
+	c.ends, c.follows, c.ever = ends, map[target.ID]bool{}, map[int]bool{}
+	context.AfterFunc(ctx, func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.ends = nil
+		close(ends)
+	})
+	return ends, nil
+}
+
+func (c *closed) Follow(ids []target.ID) (followed []target.ID) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	clear(c.follows)
+	for _, id := range ids {
+		if !c.refuses[id.PID] {
+			c.follows[id], c.ever[id.PID] = true, true
+			followed = append(followed, id)
+		}
+	}
+	return followed
+}
+
+// end ends a process by a status, which is told if it was followed.
+func (c *closed) end(t *testing.T, r *rig, pid int, status uint32) {
+	t.Helper()
+	var id target.ID
+	r.inLoop(func(a *Agent) { id = a.lives[pid] })
+	must(t, r.m.Exit(pid))
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.follows[id] {
+		c.ends <- target.Event{Kind: target.Exited, PID: pid, Start: id.Start, Code: status, Status: true, At: time.Now()}
+	}
+}
+
+func closedRig(t *testing.T) (*rig, *closed) {
+	t.Helper()
+	r := newRig(t, &sim.Scene{Format: sim.SceneFormat, Seed: 1, Processes: []sim.Process{{PID: 50, Modules: []sim.Module{{File: "throw/throw.dll"}}}}})
+	c := &closed{Machine: r.m, refuses: map[int]bool{}}
+	r.backend = c
+	must(t, r.publish(repository.PublishOptions{}, &release.Manifest{ID: "R1", Product: "app", Sequence: 1}, image{"mingw/app-ref-1.dll"}))
+	must(t, r.start())
+	t.Cleanup(func() { must(t, errors.Join(r.judge(), r.stop())) })
+	return r, c
+}
+
+// seen waits until the guard's accounts of a release are such.
+func (r *rig) seen(release string, processes, crashes int) {
+	r.t.Helper()
+	must(r.t, r.until(func() string {
+		n, m := 0, 0
+		r.inLoop(func(a *Agent) {
+			for key, tally := range a.vigil.with {
+				if key.release == release {
+					n, m = n+tally.Processes, m+tally.Crashes
+				}
+			}
+		})
+		if n != processes || m != crashes {
+			return fmt.Sprintf("%d processes, %d crashes", n, m)
+		}
+		return ""
+	}))
+}
+
+// Who runs what a release names is followed before anything is done to him, and
+// nobody else; three crashes of followed processes take the release out.
+func TestFollowedCrashes(t *testing.T) {
+	r, c := closedRig(t)
+	for pid := 100; pid < 105; pid++ {
+		r.begin(pid, "mingw/app.dll")
+		r.runs(pid, "R1")
+	}
+	c.mu.Lock()
+	if len(c.follows) != 5 || c.ever[50] {
+		t.Errorf("followed: %v, ever %v", c.follows, c.ever)
+	}
+	c.mu.Unlock()
+	// A killed one, and the abort of a C runtime, by exit codes that mean something else on Linux.
+	c.end(t, r, 100, 1)
+	c.end(t, r, 101, 3)
+	r.seen("R1", 2, 1)
+	c.end(t, r, 102, 0xC0000005)
+	r.seen("R1", 3, 2)
+	c.end(t, r, 103, 0xC0000409)
+	must(t, r.until(func() string {
+		row, err := r.row(104)
+		if err != nil || row == nil || row.State == control.Patched {
+			return fmt.Sprintf("%+v %v", row, err)
+		}
+		return ""
+	}))
+	h, err := r.life.client.History(context.Background(), 100)
+	must(t, err)
+	if text := fmt.Sprint(h.Entries); !strings.Contains(text, "ended with status 0xc0000005") || !strings.Contains(text, "ended with exit code 3") {
+		t.Errorf("not told: %s", text)
+	}
+}
+
+// Who could not be followed counts for nothing: that nobody saw him crash is no
+// sign that he did not.
+func TestNotFollowed(t *testing.T) {
+	r, c := closedRig(t)
+	c.mu.Lock()
+	c.refuses[100] = true
+	c.mu.Unlock()
+	r.begin(100, "mingw/app.dll")
+	r.begin(101, "mingw/app.dll")
+	r.runs(100, "R1")
+	r.runs(101, "R1")
+	must(t, r.pass())
+	r.inLoop(func(a *Agent) {
+		if a.vigil.byPID[100] != nil || a.vigil.byPID[101] == nil {
+			t.Errorf("accounts are kept of %v", a.vigil.lives)
+		}
+	})
+	c.end(t, r, 100, 0xC0000005)
+	c.end(t, r, 101, 0)
+	r.seen("R1", 1, 0)
+	// The word on an old life comes when its pid is another's: it is the old one's.
+	r.begin(102, "mingw/app.dll")
+	r.runs(102, "R1")
+	r.inLoop(func(a *Agent) {
+		id := a.lives[102]
+		a.takeEvent(target.Event{Kind: target.Exited, PID: 102, Start: id.Start + 1, Code: 0xC0000005, Status: true}, time.Now())
+		if l := a.vigil.lives[id]; l == nil || !l.ended.IsZero() {
+			t.Errorf("another life's end ended it: %+v", l)
+		}
+	})
+}
