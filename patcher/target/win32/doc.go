@@ -24,6 +24,13 @@
 // The stack of a fiber that no thread runs shows in no thread's stack: what a
 // program switches by itself it may return to unseen.
 //
+// How a process ended is told by a handle of it (see follow.go), to those only
+// who follow it. That processes start and end is told by an ETW session of our
+// own where the system lets us have one: it makes patching fast and nothing else,
+// since events are lost. It was written from evntrace.h, evntcons.h and the
+// manifest of Microsoft-Windows-Kernel-Process, and was never run on Windows itself:
+// Wine has no such sessions.
+//
 // # What a stop does to a program
 //
 // Nothing: a suspended thread's waits go on and end when they would have ended.

@@ -31,6 +31,12 @@ var lacks = map[string]string{
 	"forked child keeps its own code": "Windows has no fork",
 }
 
+func init() {
+	if !winhosttest.Wine() {
+		delete(lacks, "the watch tells")
+	}
+}
+
 func newTestBackend(t testing.TB) *backend {
 	t.Helper()
 	b, err := New()
