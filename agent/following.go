@@ -74,5 +74,11 @@ func followable(work []Intent) []target.ID {
 	return ids
 }
 
-// hears tells whether the end of a life will be told.
-func (a *Agent) hears(id target.ID) bool { return a.followed == nil || a.followed[id] }
+// hears tells whether the end of a life will be told: of those that are followed,
+// or of all where the system has events.
+func (a *Agent) hears(id target.ID) bool {
+	if a.followed != nil {
+		return a.followed[id]
+	}
+	return a.starts.events != nil
+}

@@ -167,3 +167,28 @@ func TestNotFollowed(t *testing.T) {
 		}
 	})
 }
+
+// deaf is a machine that tells nothing, as a container.
+type deaf struct{ *sim.Machine }
+
+func (deaf) Watch(context.Context) (<-chan target.Event, error) {
+	return nil, target.ErrUnsupported
+}
+
+// Where nobody tells how processes end no accounts are kept: what is stored as a
+// time without crashes would speak against a release when somebody does tell.
+func TestNobodyTells(t *testing.T) {
+	r := newRig(t, &sim.Scene{Format: sim.SceneFormat, Seed: 1, Processes: []sim.Process{{PID: 50, Modules: []sim.Module{{File: "throw/throw.dll"}}}}})
+	r.backend = deaf{r.m}
+	must(t, r.publish(repository.PublishOptions{}, &release.Manifest{ID: "R1", Product: "app", Sequence: 1}, image{"mingw/app-ref-1.dll"}))
+	must(t, r.start())
+	t.Cleanup(func() { must(t, errors.Join(r.judge(), r.stop())) })
+	r.begin(100, "mingw/app.dll")
+	r.runs(100, "R1")
+	must(t, r.pass())
+	r.inLoop(func(a *Agent) {
+		if len(a.hosts) != 2 || len(a.vigil.lives) != 0 {
+			t.Errorf("accounts of %d of %d processes", len(a.vigil.lives), len(a.hosts))
+		}
+	})
+}
