@@ -85,6 +85,8 @@ type Agent struct {
 	facts          eligibility.Facts
 	factsAt        time.Time
 	verdict        eligibility.Verdict
+	requirements   map[eligibility.ID]checkStands // since when
+	sinces         sinces
 	device         probe.Device
 	offers         []repository.Offer
 	local          map[string]repository.Offer // installed from files with their own metadata
@@ -221,6 +223,7 @@ func (a *Agent) readState() error {
 			a.records[key] = r
 		}
 		a.trials, a.vigil.without, a.harms = readTrials(tx), readPrograms(tx), readHarms(tx)
+		a.requirements, a.sinces = readChecks(tx), newSinces(readTimes(tx))
 		b, ok := tx.Get(settingLocal)
 		if ok {
 			if err := json.Unmarshal(b, &a.local); err != nil {
@@ -401,17 +404,9 @@ func (a *Agent) judge() {
 	if profile == "auto" || profile == "" {
 		profile = eligibility.ProfileOf(a.facts)
 	}
-	was := a.verdict
 	a.verdict = eligibility.Judge(profile, a.facts, a.policy.Judged(a.policyPlace(), a.policyErr))
 	a.dirty = true
-	if was.Checks != nil && was.Eligible != a.verdict.Eligible {
-		text := "the device is eligible now"
-		if !a.verdict.Eligible {
-			text = fmt.Sprintf("the device is not eligible any more: %v; what is applied stays", openChecks(a.verdict))
-		}
-		a.history(own, control.HistoryEntry{Action: "eligibility", Text: text})
-		a.log.Info("eligibility changed", zap.Bool("eligible", a.verdict.Eligible), zap.Strings("open", openChecks(a.verdict)))
-	}
+	a.noteChecks()
 }
 
 func openChecks(v eligibility.Verdict) []string {
@@ -444,7 +439,11 @@ func (a *Agent) loadPolicy() {
 	}
 	if a.policy != nil {
 		a.log.Info("policy read", zap.String("file", p.File), zap.Bool("absent", p.Absent))
-		a.history(own, control.HistoryEntry{Action: "policy", Text: "the policy was read anew"})
+		text := "the policy was read anew"
+		if at, ok := a.sinces.at[sincePolicy]; ok && a.policyErr != nil {
+			text += ", after it was refused for " + control.Span(a.o.Now().Sub(at))
+		}
+		a.history(own, control.HistoryEntry{Action: "policy", Text: text})
 	}
 	a.policy, a.policyErr, a.shownPolicy = p, nil, shown
 	if a.facts != nil {

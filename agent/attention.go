@@ -16,7 +16,7 @@ import (
 const expirySoon = 3 * 24 * time.Hour
 
 // attention lists what a person should know or do, worst first.
-func (a *Agent) attention(v View, s *snapshot, holds []control.Hold) []control.Attention {
+func (a *Agent) attention(v View, w wishes, s *snapshot, holds []control.Hold) []control.Attention {
 	out := append(slices.Clone(a.notices), a.reportTrouble(v.Now)...)
 	add := func(code, severity, text, remedy string, since control.Time, scope control.Scope) {
 		out = append(out, control.Attention{Code: code, Severity: severity, Text: text, Remedy: remedy, Since: since, Scope: scope})
@@ -50,6 +50,7 @@ func (a *Agent) attention(v View, s *snapshot, holds []control.Hold) []control.A
 			text = "the policy was refused, and there was none before: the device is not enrolled"
 		}
 		add("policy", control.SeverityError, text, "mend "+a.policyFault()+" (hotpatchd check-config shows the place)", now, public)
+		out[len(out)-1].About = sincePolicy
 	}
 	a.attendRepository(v.Now, add)
 	if !a.expires.IsZero() && v.Now.After(a.expires) {
@@ -79,8 +80,8 @@ func (a *Agent) attention(v View, s *snapshot, holds []control.Hold) []control.A
 			add(c.Why.Code, control.SeverityWarning, fmt.Sprintf("%s cannot be used here, %s is: %s", c.Latest.ID, c.Want.ID, c.Why.Text), string(remedyFor(c.Why)), now, public)
 		}
 	}
-	out = append(out, a.approvedInVain(v.Now, a.wishes())...)
-	out = append(out, a.waiting(v)...)
+	out = append(out, a.approvedInVain(v.Now, w)...)
+	out = append(out, a.waiting(v, w)...)
 	for _, h := range holds {
 		if h.Decisive {
 			since := h.Since
@@ -88,7 +89,7 @@ func (a *Agent) attention(v View, s *snapshot, holds []control.Hold) []control.A
 				since = now
 			}
 			add("held", control.SeverityWarning, heldText(h), a.liftHold(h.ID), since, public)
-			out[len(out)-1].Product = h.Product
+			out[len(out)-1].Product, out[len(out)-1].About = h.Product, "held "+h.ID
 		}
 	}
 	a.attendFiles(s.files, add)
@@ -101,18 +102,8 @@ func (a *Agent) attention(v View, s *snapshot, holds []control.Hold) []control.A
 	for _, o := range openStates(s.processes) {
 		add(string(o.state), o.severity(), o.text(), string(o.remedy), now, public)
 	}
-	// What was said before stands since then.
-	if old := a.shown.Load(); old != nil {
-		for i := range out {
-			for _, was := range old.status.Attention {
-				same := was.Text == out[i].Text || slices.Contains(control.ImageStates, control.ImageState(was.Code)) // a count may change
-				if was.Code == out[i].Code && same && was.Since.Before(out[i].Since.Time) {
-					out[i].Since = was.Since
-				}
-			}
-		}
-	}
 	for i := range out {
+		a.sinceWhen(&out[i], v.Now)
 		if out[i].Remedy == "" {
 			out[i].Remedy = "none"
 		}
@@ -120,6 +111,26 @@ func (a *Agent) attention(v View, s *snapshot, holds []control.Hold) []control.A
 	rank := map[string]int{control.SeverityError: 0, control.SeverityWarning: 1, control.SeverityInfo: 2}
 	slices.SortStableFunc(out, func(x, y control.Attention) int { return cmp.Compare(rank[x.Severity], rank[y.Severity]) })
 	return out
+}
+
+// volatile are the states of images that come and go too often for the disk.
+var volatile = map[control.ImageState]bool{control.Busy: true, control.PendingImage: true, control.Torn: true}
+
+// sinceWhen sets since when what has begun just now for all we know is so: what was said
+// before stands since then, also before the daemon was started.
+func (a *Agent) sinceWhen(x *control.Attention, now time.Time) {
+	if !x.Since.IsZero() && !x.Since.Equal(now) {
+		return
+	}
+	name, keep := x.About, x.Scope.Public
+	switch {
+	case name != "":
+	case slices.Contains(control.ImageStates, control.ImageState(x.Code)): // a count may change
+		name, keep = x.Code, !volatile[control.ImageState(x.Code)]
+	default:
+		name = x.Code + " " + x.Text
+	}
+	x.Since = control.At(a.sinces.of(name, now, keep))
 }
 
 // heldText says what a hold costs, not who set it: everybody may read it.

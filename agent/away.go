@@ -2,6 +2,7 @@ package agent
 
 import (
 	"encoding/json"
+	"sync/atomic"
 	"time"
 
 	"hotpatchd/agent/control"
@@ -17,10 +18,11 @@ const alarmAfter = 3 * 24 * time.Hour
 // outside is the way to the repository.
 type outside struct {
 	contact contact
-	soon    chan struct{} // something woke this machine: ask soon
-	woken   time.Time     // of the last check that came of it; checkRegularly's own
-	spread  time.Duration // within which a check comes of it
-	least   time.Duration // between two that do
+	soon    chan struct{}             // something woke this machine: ask soon
+	woken   time.Time                 // of the last check that came of it; checkRegularly's own
+	spread  time.Duration             // within which a check comes of it
+	least   time.Duration             // between two that do
+	due     atomic.Pointer[time.Time] // when the repository is asked next; nil: nobody asks by himself
 }
 
 // contact is what is kept over restarts: a device that is switched off each
@@ -28,6 +30,9 @@ type outside struct {
 type contact struct {
 	Checked time.Time `json:"checked"` // last check that succeeded, zero if none ever did
 	Tried   time.Time `json:"tried"`   // first check that failed, where none ever succeeded
+	// Code is why the last check failed, "" if it did not, and Since when that began.
+	Code  string    `json:"code,omitempty"`
+	Since time.Time `json:"since,omitzero"`
 }
 
 // openOutside takes what is known of former lives.
@@ -52,8 +57,11 @@ func (a *Agent) asked(floors repository.Floors, failed bool) error {
 	switch now := a.o.Now(); {
 	case !failed:
 		c = contact{Checked: now}
-	case c == contact{}:
+	case c.Checked.IsZero() && c.Tried.IsZero():
 		c.Tried = now
+	}
+	if c.Code, c.Since = "", (time.Time{}); a.repoErr != nil { // a clock in doubt fails nothing, and is trouble
+		c.Code, c.Since = a.repoErr.Code, a.repoErr.Since.Time
 	}
 	a.outside.contact = c
 	return a.update(func(tx *store.Tx) error {
@@ -78,6 +86,20 @@ func (a *Agent) astray(now time.Time) bool {
 		last = c.Tried
 	}
 	return !last.IsZero() && now.Sub(last) >= alarmAfter
+}
+
+// asks is when the repository is asked next by itself, zero if that is not known
+// or is now. It may be called from any goroutine.
+func (a *Agent) asks() time.Time {
+	at := a.outside.due.Load()
+	if at == nil {
+		return time.Time{}
+	}
+	left := time.Until(*at)
+	if left <= 0 {
+		return time.Time{}
+	}
+	return a.o.Now().Add(left)
 }
 
 // polled tells whether there is a repository to be asked.
@@ -114,10 +136,13 @@ func (a *Agent) attendRepository(now time.Time, add func(code, severity, text, r
 	}
 }
 
-// fail notes why a check failed; the same trouble stands since it began.
+// fail notes why a check failed; the same trouble stands since it began, in this
+// life or a former one.
 func (a *Agent) fail(e *control.RepositoryError) (news bool) {
 	if news = a.repoErr == nil || a.repoErr.Code != e.Code; !news {
 		e.Since = a.repoErr.Since
+	} else if c := a.outside.contact; a.repoErr == nil && c.Code == e.Code && !c.Since.IsZero() {
+		e.Since = control.At(c.Since)
 	}
 	a.repoErr = e
 	return news

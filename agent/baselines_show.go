@@ -1,8 +1,10 @@
 package agent
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
+	"time"
 
 	"hotpatchd/agent/baseline"
 	"hotpatchd/agent/control"
@@ -13,9 +15,25 @@ import (
 // filesShown is what is shown of whole files on this device.
 type filesShown struct {
 	staged  []control.StagedFiles
-	restart []string // why a restart is needed: sentences
+	restart []restart // why a restart is needed
 	current control.Baseline
-	behind  []string // sentences: hotpatches that need a baseline which this device has not
+	behind  []behind // hotpatches that need a baseline which this device has not
+}
+
+// restart is why a restart of the device is needed.
+type restart struct {
+	product, text string
+	since         time.Time
+	effect        string // of the restart
+}
+
+// behind is a hotpatch that needs a baseline.
+type behind struct {
+	product, release, baseline string
+	text                       string    // a sentence
+	why                        reason    // why the baseline is not staged; Code "" if it is offered, or about to be
+	offered                    bool      // the baseline is
+	opens                      time.Time // when time alone lets it be staged, or it is tried again; zero: not known
 }
 
 // showFiles tells what is staged and why a restart is needed.
@@ -31,11 +49,12 @@ func (a *Agent) showFiles(choices map[string]choice, offers []control.Offer) fil
 				x.Text = fmt.Sprintf("%s of %s take effect at the next restart", counted(len(r.Files), "file", "files"), r.Release)
 				if s.Kind == release.KindBaseline {
 					stagedOf[r.Product] = r.Release
-					f.restart = append(f.restart, fmt.Sprintf("the baseline %s is staged, %s: it takes effect at the next restart of the device", r.Release, counted(len(r.Files), "file", "files")))
+					f.restart = append(f.restart, restart{r.Product, fmt.Sprintf("the baseline %s is staged, %s", r.Release, counted(len(r.Files), "file", "files")), r.Since,
+						"it takes effect at the next restart of the device"})
 				}
 			case baseline.Leaving:
 				x.Text = fmt.Sprintf("the files before %s take effect again at the next restart", r.Release)
-				f.restart = append(f.restart, x.Text+" of the device")
+				f.restart = append(f.restart, restart{r.Product, "the files of " + r.Release + " are to go out", r.Since, x.Text + " of the device"})
 			case baseline.Active:
 				x.Text = fmt.Sprintf("%s in force; the old files are kept until it has proved itself, %s at the latest", r.Release, stamp(a.proved(r)))
 				if _, seen := a.bases.seen[r.Release]; seen || len(s.Standing.Builds) == 0 {
@@ -58,10 +77,12 @@ func (a *Agent) showFiles(choices map[string]choice, offers []control.Offer) fil
 		if stagedOf[o.Product] == o.Baseline {
 			continue // a restart is what it needs
 		}
-		f.behind = append(f.behind, fmt.Sprintf("%s needs the baseline %s%s", o.ID, o.Baseline, a.whyNotStaged(o.Baseline, offers)))
+		b := behind{product: o.Product, release: o.ID, baseline: o.Baseline, text: fmt.Sprintf("%s needs the baseline %s%s", o.ID, o.Baseline, a.whyNotStaged(o.Baseline, offers))}
+		b.why, b.opens, b.offered = a.whenStaged(o.Baseline, offers)
+		f.behind = append(f.behind, b)
 	}
-	slices.Sort(f.behind)
-	f.behind = slices.Compact(f.behind)
+	slices.SortFunc(f.behind, func(x, y behind) int { return cmp.Compare(x.text, y.text) })
+	f.behind = slices.CompactFunc(f.behind, func(x, y behind) bool { return x.text == y.text })
 	return f
 }
 
@@ -92,6 +113,23 @@ func (a *Agent) whyNotStaged(id string, offers []control.Offer) string {
 		}
 	}
 	return ", which is not offered here"
+}
+
+// whenStaged is the same for the story: why a baseline is not staged, and when that ends.
+func (a *Agent) whenStaged(id string, offers []control.Offer) (why reason, opens time.Time, offered bool) {
+	o, ok := a.offerOf(id)
+	if !ok {
+		return reason{}, opens, false
+	}
+	if r := a.bases.refused[id]; r.why.Code != "" {
+		return r.why, r.again, true
+	}
+	i := slices.IndexFunc(offers, func(x control.Offer) bool { return x.ID == id })
+	if i < 0 || offers[i].Fits {
+		return reason{}, opens, true
+	}
+	why = reason{offers[i].ReasonCode, offers[i].Reason}
+	return why, a.opensAt(o, why.Code), true
 }
 
 // showBaseline is the baseline of status: that of the most recent month.
@@ -142,11 +180,11 @@ func (a *Agent) showBaselineOffer(o repository.Offer, v View, w wishes) (r reaso
 func (a *Agent) attendFiles(f filesShown, add func(code, severity, text, remedy string, since control.Time, scope control.Scope)) {
 	public := control.Scope{Public: true}
 	now := control.At(a.o.Now())
-	for _, text := range f.restart {
-		add("restart-required", control.SeverityWarning, text, string(control.RemedyRestartDevice), now, public)
+	for _, r := range f.restart {
+		add("restart-required", control.SeverityWarning, r.text+": "+r.effect, string(control.RemedyRestartDevice), control.At(r.since), public)
 	}
-	for _, text := range f.behind {
-		add("baseline-required", control.SeverityWarning, text, string(control.RemedyBaseline), now, public)
+	for _, b := range f.behind {
+		add("baseline-required", control.SeverityWarning, b.text, string(control.RemedyBaseline), control.At(a.sinceOf(sinceBehind+b.product)), public)
 	}
 	for id, r := range a.bases.refused {
 		if _, offered := a.offerOf(id); offered {

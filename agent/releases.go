@@ -82,8 +82,11 @@ func (a *Agent) succeeded(cat *repository.Catalog) {
 			a.log.Warn("the clock cannot be right", zap.String("text", now.Text))
 			a.history(own, control.HistoryEntry{Action: "clock", Text: now.Text})
 		}
-	case a.repoErr != nil:
-		a.log.Info("repository check succeeded again")
+	default:
+		if since := a.outside.contact.Since; !since.IsZero() {
+			a.log.Info("repository check succeeded again")
+			a.history(own, control.HistoryEntry{Action: "check-again", Text: fmt.Sprintf("checks of the repository are in order again, after %s (%s)", control.Span(a.o.Now().Sub(since)), a.outside.contact.Code)})
+		}
 		a.repoErr = nil
 	}
 	a.take(cat)
@@ -120,9 +123,11 @@ func (a *Agent) refresh(ctx context.Context) error {
 	floors := a.client.Floors()
 	a.checkMu.Unlock()
 	cerr := a.call(ctx, func() {
-		if serr := a.asked(floors, err != nil); serr != nil {
-			a.log.Error("cannot keep the repository's versions", zap.Error(serr))
-		}
+		defer func() {
+			if serr := a.asked(floors, err != nil); serr != nil {
+				a.log.Error("cannot keep the repository's versions", zap.Error(serr))
+			}
+		}()
 		a.dirty = true
 		if err != nil {
 			now := a.repositoryError(err)

@@ -68,6 +68,7 @@ func (c ReportConfig) Check() error {
 func (a *Agent) makeReport(context.Context) (report.Made, error) {
 	s := a.shown.Load()
 	status := a.asOfNow(s.status)
+	status.Story = a.storyNow(s)
 	doc := control.NewReport(&status, &s.eligibility)
 	doc.Dropped = a.reporting.spool.Standing().Dropped
 	b, err := doc.Encode(a.o.Version, a.o.Now())

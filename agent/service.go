@@ -26,6 +26,7 @@ func (a *Agent) Status(context.Context, control.Caller) (*control.Status, error)
 	shown := a.shown.Load()
 	s := a.asOfNow(shown.status)
 	s.Next = next(shown.announced, shown.offers, a.o.Now())
+	s.Story = a.storyNow(shown)
 	return &s, nil
 }
 

@@ -22,6 +22,7 @@ type snapshot struct {
 	processes   control.Processes
 	files       filesShown
 	announced   []repository.Offer // for the calendar, which is worked out when it is asked for
+	plot        plot               // for the story, likewise
 }
 
 // rowKey names one image in one life, as one product sees it.
@@ -49,6 +50,9 @@ func (a *Agent) publish() {
 	s.offers, s.announced = a.showOffers(v, w), a.allOffers()
 	s.eligibility = a.showEligibility()
 	s.status = a.showStatus(v, w, s)
+	s.plot = a.plotOf(v, w, intents, s)
+	s.status.Story = story(s.plot)
+	a.endSinces()
 	old := a.shown.Swap(s)
 	if a.reporting != nil {
 		a.reporting.reporter.Changed()
@@ -236,23 +240,13 @@ func (a *Agent) showOffers(v View, w wishes) control.Offers {
 }
 
 func (a *Agent) showEligibility() control.Eligibility {
-	doc := control.Eligibility{Eligible: a.verdict.Eligible, Checks: []control.Check{}}
-	var old map[string]control.Check
-	if s := a.shown.Load(); s != nil {
-		old = map[string]control.Check{}
-		for _, c := range s.eligibility.Checks {
-			old[c.ID] = c
-		}
-	}
+	doc := control.Eligibility{Eligible: a.verdict.Eligible, Checks: []control.Check{}, Looked: control.At(a.factsAt), Again: control.At(a.factsAt.Add(factsEvery))}
 	for _, c := range a.verdict.Checks {
 		x := control.Check{ID: string(c.ID), Title: c.Title, Result: control.Result(c.Result), Waived: c.Waived, Wanted: c.Wanted,
-			Found: c.Found, Source: c.Source, Remedy: c.Remedy, Since: control.At(a.o.Now())}
+			Found: c.Found, Source: c.Source, Remedy: c.Remedy, Since: control.At(a.requirements[c.ID].Since)}
 		if a.policyErr != nil && a.policy != nil && c.Source == a.policyPlace() {
 			x.Found += "; that is its last good state, which counts: it is refused as it stands now"
 			x.Remedy = "mend " + a.policyFault() + " (hotpatchd check-config shows the place)"
-		}
-		if o, ok := old[x.ID]; ok && o.Result == x.Result && o.Waived == x.Waived {
-			x.Since = o.Since
 		}
 		doc.Checks = append(doc.Checks, x)
 	}
@@ -314,7 +308,7 @@ func (a *Agent) showStatus(v View, w wishes, s *snapshot) control.Status {
 	}
 	s.files = a.showFiles(v.Choices, s.offers.Releases)
 	st.Baseline, st.Staged, st.RestartRequired = s.files.current, s.files.staged, len(s.files.restart) > 0
-	st.Attention = a.attention(v, s, st.Holds)
+	st.Attention = a.attention(v, w, s, st.Holds)
 	st.State = a.state(v, w, s)
 	return st
 }

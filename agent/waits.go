@@ -2,7 +2,6 @@ package agent
 
 import (
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -35,24 +34,19 @@ func (a *Agent) waits(o repository.Offer) *control.Refusal {
 // byWord are the reasons that somebody's word ends, the operator's among them.
 var byWord = map[string]bool{"manual": true, "not-approved": true, "ring": true}
 
-// waiting tells of each product's newest release what keeps it back, also where
+// waiting tells of each product's newest hotpatch, and of its newest baseline, what keeps it back, also where
 // an older one is applied everywhere and nothing seems open.
-func (a *Agent) waiting(v View) (out []control.Attention) {
-	for _, product := range slices.Sorted(maps.Keys(v.Choices)) {
-		c := v.Choices[product]
-		if !byWord[c.Why.Code] && !timed[c.Why.Code] {
+func (a *Agent) waiting(v View, w wishes) (out []control.Attention) {
+	for _, x := range a.waitsNow(v, w) {
+		if !byWord[x.Why.Code] && !timed[x.Why.Code] {
 			continue
 		}
-		name := c.Latest.ID
-		if c.Latest.Severity != "" {
-			name += " (" + c.Latest.Severity + ")"
+		todo := "it comes by itself; now: hotpatch install " + x.ID
+		if x.Why.Code == "manual" || x.Why.Code == "not-approved" {
+			todo = "hotpatch install " + x.ID
 		}
-		todo := "it comes by itself; now: hotpatch install " + c.Latest.ID
-		if c.Why.Code == "manual" || c.Why.Code == "not-approved" {
-			todo = "hotpatch install " + c.Latest.ID
-		}
-		out = append(out, control.Attention{Code: "waiting", Severity: control.SeverityInfo, Since: control.At(v.Now), Scope: control.Scope{Public: true},
-			Text: name + " is not taken yet: " + c.Why.Text, Remedy: todo, Product: product})
+		out = append(out, control.Attention{Code: "waiting", Severity: control.SeverityInfo, Since: control.At(x.Since), Scope: control.Scope{Public: true},
+			Text: x.name() + " is not taken yet: " + x.Why.Text, Remedy: todo, Product: x.Product})
 	}
 	return out
 }

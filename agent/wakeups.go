@@ -119,6 +119,8 @@ func (a *Agent) woken(what string) {
 // something woke this machine; false: ctx has ended.
 func (a *Agent) untilCheck(ctx context.Context, d time.Duration) bool {
 	due := time.Now().Add(d)
+	first := due
+	a.outside.due.Store(&first)
 	t := time.NewTimer(d)
 	defer t.Stop()
 	for {
@@ -135,6 +137,7 @@ func (a *Agent) untilCheck(ctx context.Context, d time.Duration) bool {
 			}
 			if at.Before(due) {
 				due, a.outside.woken = at, at
+				a.outside.due.Store(&at)
 				t.Reset(at.Sub(now))
 			}
 		}

@@ -31,7 +31,12 @@ func (a *Agent) watch(ctx context.Context, wg *sync.WaitGroup) {
 // checkRegularly asks the repository now and then. A failure is said by
 // refresh; the next turn comes all the same, sooner after a failure.
 func (a *Agent) checkRegularly(ctx context.Context, p polls) {
-	if !a.polled() || !sleep(ctx, p.first) {
+	if !a.polled() {
+		return
+	}
+	first := time.Now().Add(p.first)
+	a.outside.due.Store(&first)
+	if !sleep(ctx, p.first) {
 		return
 	}
 	const soonest = 5 * time.Second

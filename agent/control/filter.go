@@ -76,6 +76,11 @@ func strangersStatus(c Caller, d *Status) *Status {
 				Text: scrub(a.Text), Remedy: scrub(a.Remedy), Product: a.Product})
 		}
 	}
+	for _, x := range d.Story {
+		if x.Scope.readable(c) {
+			out.Story = append(out.Story, Chapter{Code: x.Code, What: scrub(x.What), Since: x.Since, Next: scrub(x.Next), At: x.At, WaitsFor: x.WaitsFor, Product: x.Product})
+		}
+	}
 	for _, h := range d.Holds { // who and why is the operators' affair
 		out.Holds = append(out.Holds, Hold{ID: h.ID, Product: h.Product, Since: h.Since, CVEs: h.CVEs, Decisive: h.Decisive})
 	}
@@ -88,7 +93,7 @@ func strangersRelease(r ActiveRelease) ActiveRelease {
 }
 
 func strangersEligibility(d *Eligibility) *Eligibility {
-	out := &Eligibility{Header: d.Header, Eligible: d.Eligible}
+	out := &Eligibility{Header: d.Header, Eligible: d.Eligible, Looked: d.Looked, Again: d.Again}
 	for _, c := range d.Checks {
 		out.Checks = append(out.Checks, Check{ID: c.ID, Title: c.Title, Result: c.Result, Waived: c.Waived,
 			Wanted: scrub(c.Wanted), Found: scrub(c.Found), Source: scrub(c.Source), Since: c.Since, Remedy: scrub(c.Remedy)})

@@ -180,6 +180,7 @@ type Status struct {
 	Repository      Repository      `json:"repository"`
 	Next            Next            `json:"next"`
 	Attention       []Attention     `json:"attention"` // worst first
+	Story           []Chapter       `json:"story"`     // what happens next, the gravest first
 	Device          Device          `json:"device"`
 	Backend         Backend         `json:"backend"`
 
@@ -361,7 +362,47 @@ type Attention struct {
 	Product  string `json:"product"`
 
 	Scope Scope `json:"-"`
+	// About is what it tells of, while its text may change: it stands since it first
+	// told of that. "": the text tells.
+	About string `json:"-"`
 }
+
+// Chapter is one thing that is not to stay as it is: what is so and since when,
+// what the device does next by itself, and when it does or what it waits for.
+// What somebody should do about it is in Attention, under the same code if there
+// is one.
+type Chapter struct {
+	// Code is that of the Attention that tells of the same: state-damaged, policy,
+	// held, guard, baseline-required, restart-required, waiting, expired, repository,
+	// no-repository, or the state of images; or one of its own: ineligible, paused,
+	// hours, loading, canary, guard-window, baseline-proof, scan, poll.
+	Code  string `json:"code"`
+	What  string `json:"what"`
+	Since Time   `json:"since"` // of What, over restarts of the daemon; null: not known
+	Next  string `json:"next"`
+	// At is when Next comes; null where that depends on WaitsFor alone. Where both
+	// are set, the device tries at that time, and succeeds when WaitsFor allows it.
+	At       Time   `json:"at"`
+	WaitsFor string `json:"waits_for"` // one of the words below
+	Product  string `json:"product"`
+
+	Scope Scope `json:"-"`
+}
+
+// What a Chapter waits for.
+const (
+	WaitsForTime        = "time"          // and nothing else
+	WaitsForRequirement = "requirement"   // one of the eligibility checks, to pass
+	WaitsForRestart     = "restart"       // of the device
+	WaitsForProcess     = "process"       // one that starts, or leaves the code it is in
+	WaitsForEnd         = "end"           // of a process
+	WaitsForApproval    = "approval"      // hotpatch install, or the policy's approve
+	WaitsForOperator    = "operator"      // hotpatch resume, release-hold, …
+	WaitsForPolicy      = "policy"        // its owner, to change it
+	WaitsForPublisher   = "publisher"     // to sign, publish or roll out
+	WaitsForNetwork     = "network"       // the way to the repository
+	WaitsForConfig      = "configuration" // and a restart of the daemon
+)
 
 // Device is the machine. ID is a hash, stable for one installation of the OS.
 type Device struct {
@@ -397,6 +438,8 @@ type Eligibility struct {
 	Header
 	Eligible bool    `json:"eligible"`
 	Checks   []Check `json:"checks"`
+	Looked   Time    `json:"looked"` // when the device was looked at
+	Again    Time    `json:"again"`  // when it will be; a change of the policy is judged at once
 }
 
 // Check is one of them.
@@ -408,6 +451,6 @@ type Check struct {
 	Wanted string `json:"wanted"`
 	Found  string `json:"found"`
 	Source string `json:"source"`
-	Since  Time   `json:"since"`
+	Since  Time   `json:"since"` // since when the result is this, over restarts of the daemon
 	Remedy string `json:"remedy"`
 }

@@ -241,35 +241,7 @@ func (s *screen) day(t control.Time, now control.Time) string {
 }
 
 // age is how long ago t was, in up to two units.
-func age(t, now control.Time) string { return duration(now.Sub(t.Time)) }
-
-// duration is a time span in up to two units.
-func duration(d time.Duration) string {
-	d = max(d, 0).Truncate(time.Second)
-	unit := func(n int, one, many string) string {
-		if n == 1 {
-			return "1 " + one
-		}
-		return fmt.Sprintf("%d %s", n, many)
-	}
-	two := func(a string, n int, name string) string {
-		if n == 0 {
-			return a
-		}
-		return a + " " + unit(n, name, name)
-	}
-	switch {
-	case d < time.Minute:
-		return unit(int(d.Seconds()), "s", "s")
-	case d < time.Hour:
-		return two(unit(int(d.Minutes()), "min", "min"), int(d.Seconds())%60, "s")
-	case d < 24*time.Hour:
-		return two(unit(int(d.Hours()), "h", "h"), int(d.Minutes())%60, "min")
-	case d < 48*time.Hour:
-		return two("1 day", int(d.Hours())%24, "h")
-	}
-	return unit(int(d.Hours()/24), "day", "days")
-}
+func age(t, now control.Time) string { return control.Span(now.Sub(t.Time)) }
 
 // pause is a stop of all threads.
 func pause(us int64) string {

@@ -289,7 +289,7 @@ func TestDurations(t *testing.T) {
 		-time.Second: "0 s", 0: "0 s", 40 * time.Second: "40 s", 250 * time.Second: "4 min 10 s", 3 * time.Minute: "3 min",
 		2*time.Hour + 10*time.Minute: "2 h 10 min", 24 * time.Hour: "1 day", 26 * time.Hour: "1 day 2 h", 11*days + 5*time.Hour: "11 days",
 	} {
-		if got := duration(d); got != want {
+		if got := control.Span(d); got != want {
 			t.Errorf("%v: %q, want %q", d, got, want)
 		}
 	}
