@@ -169,7 +169,7 @@ func (a *Agent) toDo(in Intent) string {
 		return "hotpatch install " + id
 	case "not-approved":
 		return "list it under approve in " + a.o.Config.Policy.File + "; or hotpatch install " + id
-	case "not-before", "deferred", "returns", "ring", "hours":
+	case "not-before", "deferred", "returns", "ring", "hours", "canary":
 		return "nothing: it comes by itself; now: hotpatch install " + id
 	case "expired":
 		return "hotpatch check; the publisher has to sign the metadata anew, or this clock is ahead"

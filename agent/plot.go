@@ -122,6 +122,9 @@ func (a *Agent) plotIntents(p *plot, v View, intents []Intent) {
 
 func (a *Agent) repositoryPlot(now time.Time) repositoryPlot {
 	r := repositoryPlot{Configured: a.o.Config.Repository.URL != "", Polled: a.polled(), Verified: a.verified, Checked: a.checkedAt, Asks: a.asks(), Trouble: a.repoErr}
+	if a.client == nil && a.repoErr != nil { // nobody asks: it is so since it was first found, in any life
+		r.Trouble = &control.RepositoryError{Code: a.repoErr.Code, Text: a.repoErr.Text, Since: control.At(a.sinceOf(sinceConfig))}
+	}
 	if !a.fresh(now) {
 		r.Ended = a.expires
 	}

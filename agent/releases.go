@@ -43,6 +43,11 @@ const retryLoadAfter = time.Minute
 // a start without network knows what is in force.
 func (a *Agent) openRepository() {
 	a.openOutside()
+	defer func() {
+		if at, ok := a.sinces.at[sinceConfig]; ok && a.repoErr != nil {
+			a.repoErr.Since = control.At(at)
+		}
+	}()
 	c := a.o.Config.Repository
 	root, err := ReadRoot(c.Root)
 	if err != nil && c.URL != "" {

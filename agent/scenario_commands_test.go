@@ -86,6 +86,9 @@ func init() {
 		"coverage":     (*script).wantCoverage, // COUNT=N…; counts that are not named are 0
 		"runs":         (*script).wantRuns,     // PID MODULE!EXPORT[,EXPORT…] old|ID
 		"walked":       (*script).wantWalked,   // PID MODULE!EXPORT NAME…
+		"story":        (*script).wantStory,    // CODE [KEY=VALUE…]
+		"no-story":     (*script).wantNoStory,
+		"stands":       (*script).wantStands, // story|attention|check CODE FOR, to within an hour
 		"attention":    (*script).wantAttention,
 		"no-attention": (*script).wantNoAttention,
 		"history":      (*script).wantHistory, // ACTION [KEY=VALUE…]

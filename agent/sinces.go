@@ -88,6 +88,7 @@ const (
 	sincePaused = "paused "
 	sinceBehind = "baseline-required "
 	sinceWaits  = "waiting "
+	sinceConfig = "repository configuration"
 )
 
 // readTimes is for readState. What cannot be read begins anew.
@@ -129,7 +130,11 @@ func (a *Agent) noteChecks() {
 	e := control.HistoryEntry{Action: "eligibility", Detail: map[string]string{}}
 	var words []string
 	for _, c := range opened {
-		words = append(words, standsInTheWay(c))
+		text := standsInTheWay(c)
+		if c.Wanted != "" && c.Result == eligibility.Fail {
+			text += ", wanted " + c.Wanted
+		}
+		words = append(words, text)
 	}
 	for _, c := range ended {
 		words = append(words, standsNoLonger(c, now.Sub(a.requirements[c.ID].Open)))
@@ -200,13 +205,13 @@ func idsOfChecks(list []eligibility.Check) string {
 // standsInTheWay says what a requirement was found to be.
 func standsInTheWay(c eligibility.Check) string {
 	found := cmp.Or(c.Found, "nothing")
-	if c.Result == eligibility.Unknown {
-		return fmt.Sprintf("%s could not be read: %s", c.ID, found)
+	switch {
+	case strings.HasPrefix(found, "could not be read"):
+		return fmt.Sprintf("%s %s", c.ID, found)
+	case c.Result == eligibility.Unknown:
+		return fmt.Sprintf("%s is unknown: %s", c.ID, found)
 	}
-	if c.Wanted == "" {
-		return fmt.Sprintf("%s fails: found %s", c.ID, found)
-	}
-	return fmt.Sprintf("%s fails: found %s, wanted %s", c.ID, found, c.Wanted)
+	return fmt.Sprintf("%s fails: found %s", c.ID, found)
 }
 
 func standsNoLonger(c eligibility.Check, after time.Duration) string {

@@ -10,6 +10,7 @@ import (
 	"hotpatchd/agent/calendar"
 	"hotpatchd/agent/control"
 	"hotpatchd/agent/release"
+	"hotpatchd/agent/repository"
 	"hotpatchd/eligibility"
 )
 
@@ -158,11 +159,11 @@ func (t *teller) words() {
 		t.tell("ineligible", "", standsInTheWay(c.Check), c.Since, next, at, waits)
 	}
 	if !t.Refused.IsZero() {
-		what := "the policy was refused, and there was none before"
+		next := "there was none before, so that the device is not enrolled; the file is read again when it changes"
 		if !t.Good.IsZero() {
-			what = fmt.Sprintf("the policy was refused; the last good one, of %s, stays in force", stamp(t.Good))
+			next = fmt.Sprintf("the last good one, in force since %s, stays; the file is read again when it changes", stamp(t.Good))
 		}
-		t.tell("policy", "", what, t.Refused, "it is read again when it changes", time.Time{}, control.WaitsForPolicy)
+		t.tell("policy", "", "the policy is refused", t.Refused, next, time.Time{}, control.WaitsForPolicy)
 	}
 	switch t.Paused {
 	case "":
@@ -302,12 +303,21 @@ func (t *teller) repository() {
 	case !r.Polled:
 		t.tell("repository", "", r.Trouble.Text, r.Trouble.Since.Time, "nothing new comes until the configuration is mended and the daemon restarted", time.Time{}, control.WaitsForConfig)
 	case r.Passing && t.Now.Before(r.Alarm):
-		t.tell("repository", "", r.Trouble.Text, r.Trouble.Since.Time, "what is applied stays; from "+stamp(r.Alarm)+" on this is called wrong; "+asked, r.Asks, control.WaitsForNetwork)
+		t.tell("repository", "", r.Trouble.Text, r.Trouble.Since.Time, "from "+stamp(r.Alarm)+" on this is called wrong; "+asked, r.Asks, control.WaitsForNetwork)
 	case r.Passing:
-		t.tell("repository", "", r.Trouble.Text, r.Trouble.Since.Time, "what is applied stays; "+asked, r.Asks, control.WaitsForNetwork)
+		t.tell("repository", "", r.Trouble.Text, r.Trouble.Since.Time, asked, r.Asks, control.WaitsForNetwork)
 	default:
-		t.tell("repository", "", r.Trouble.Text, r.Trouble.Since.Time, "what is applied stays; "+asked, r.Asks, control.WaitsForPublisher)
+		t.tell("repository", "", r.Trouble.Text, r.Trouble.Since.Time, asked, r.Asks, troubleEnds(r.Trouble.Code))
 	}
+}
+
+// troubleEnds is what a repository's trouble waits for that does not pass by itself.
+func troubleEnds(code string) string {
+	switch code {
+	case repository.CodeClock, repository.CodeStorage, repository.CodeConfig, repository.CodeProxyAuth, repository.CodeInspection:
+		return control.WaitsForConfig
+	}
+	return control.WaitsForPublisher
 }
 
 // images are the ones that are not well, or not yet.
@@ -342,17 +352,17 @@ func (t *teller) images() {
 // watches are what runs, and ends well if nothing happens.
 func (t *teller) watches() {
 	for _, x := range t.Trials {
-		what := fmt.Sprintf("%s is tried in one process first; %s", x.ID, counted(x.Images, "image waits", "images wait"))
+		what := fmt.Sprintf("%s is tried in one process first, %s", x.ID, counted(x.Images, "image waits", "images wait"))
 		waits := control.WaitsForTime
 		if x.Ends.IsZero() {
 			waits = control.WaitsForProcess
 		}
-		t.tell("canary", "", what, x.Since, "if all goes well the others get it", x.Ends, waits)
+		t.tell("canary", "", what, x.Since, "the others get it, if that goes well,", x.Ends, waits)
 	}
 	for _, x := range t.Watched {
-		next := "it is taken out by itself if it makes them crash; else it stays, and the watch ends"
+		next := "it is taken out if they crash with it, else the watch ends"
 		if !x.Acts {
-			next = "crashes are told, nothing is taken out; the watch ends"
+			next = "it is told if they crash with it, and the watch ends"
 		}
 		t.tell("guard-window", x.Product, fmt.Sprintf("the health guard watches %s with %s", counted(x.Processes, "process", "processes"), x.ID), x.Since, next, x.Ends, control.WaitsForTime)
 	}

@@ -401,7 +401,7 @@ const (
 	WaitsForPolicy      = "policy"        // its owner, to change it
 	WaitsForPublisher   = "publisher"     // to sign, publish or roll out
 	WaitsForNetwork     = "network"       // the way to the repository
-	WaitsForConfig      = "configuration" // and a restart of the daemon
+	WaitsForConfig      = "configuration" // or clock, disk: of this device
 )
 
 // Device is the machine. ID is a hash, stable for one installation of the OS.

@@ -231,6 +231,25 @@ func (s *screen) local(text string) string {
 	})
 }
 
+// localAt is the same for a text of a document made at now: the year only if it
+// is another one, and how long it is until what is to come.
+func (s *screen) localAt(text string, now control.Time) string {
+	if now.IsZero() {
+		return s.local(text)
+	}
+	return stamps.ReplaceAllStringFunc(text, func(m string) string {
+		t, err := time.Parse(time.RFC3339, m)
+		if err != nil {
+			return m
+		}
+		if at := control.At(t); t.After(now.Time) {
+			return s.date(at, now) + " (" + ahead(at, now) + ")"
+		} else {
+			return s.date(at, now)
+		}
+	})
+}
+
 // day is a local date.
 func (s *screen) day(t control.Time, now control.Time) string {
 	l := t.In(s.zone)

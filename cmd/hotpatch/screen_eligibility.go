@@ -75,6 +75,10 @@ func (s *screen) eligibility(d *control.Eligibility, all bool) string {
 			return fair
 		})
 	}
+	if !d.Again.IsZero() && !d.Eligible {
+		p.blank()
+		p.line("Looked at again by itself %s (%s); a change of the policy counts at once.", s.date(d.Again, d.Generated), ahead(d.Again, d.Generated))
+	}
 	if !all && len(other) > 0 {
 		p.line("%s not apply to this device (--all shows %s).", many(len(other), "check")+verb(len(other), " does", " do"), verb(len(other), "it", "them"))
 	}
@@ -92,7 +96,7 @@ func (s *screen) failing(p *page, c control.Check, idWidth int, now control.Time
 	indent := "      "
 	since := ""
 	if !c.Since.IsZero() {
-		since = s.date(c.Since, now)
+		since = s.date(c.Since, now) + agoIn(c.Since, now)
 	}
 	for _, f := range [][2]string{{"wanted", c.Wanted}, {"found", c.Found}, {"source", c.Source}, {"since", since}, {"to do", c.Remedy}} {
 		if f[1] == "" {

@@ -51,7 +51,7 @@ func (s *screen) offers(d *control.Offers) string {
 		if o.InForce || why == "" {
 			why = o.Title
 		}
-		rows = append(rows, []string{word, o.ID, o.Product, fmt.Sprint(o.Sequence), o.Month, o.Severity, s.local(why)})
+		rows = append(rows, []string{word, o.ID, o.Product, fmt.Sprint(o.Sequence), o.Month, o.Severity, s.localAt(why, d.Generated)})
 	}
 	p.line("%d of %s %s this device.", fit, many(len(d.Releases), "release"), verb(fit, "fits", "fit"))
 	p.blank()

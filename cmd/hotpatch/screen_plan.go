@@ -71,7 +71,7 @@ func (s *screen) applyWith(p *page, d *control.Plan) {
 		}
 	case changes(d) > 0:
 		if d.Waits != nil {
-			p.field("", 0, "not by itself now: "+s.local(d.Waits.Text))
+			p.field("", 0, "not by itself now: "+s.localAt(d.Waits.Text, d.Generated))
 		}
 		p.line("Apply with: hotpatch install %s", clean(d.Release))
 	}

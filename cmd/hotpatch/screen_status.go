@@ -27,7 +27,11 @@ func (s *screen) status(st *control.Status, open *control.Processes) string {
 		if st.PausedBy == "policy" {
 			until = "the policy says pause = false"
 		}
-		p.verdict(s, fair, "PAUSED", "Nothing new is applied until: "+until+". What is applied stays.")
+		since := " until: "
+		if c := chapter(st, "paused"); c != nil && !c.Since.IsZero() {
+			since = fmt.Sprintf(" since %s%s, until: ", s.date(c.Since, st.Generated), agoIn(c.Since, st.Generated))
+		}
+		p.verdict(s, fair, "PAUSED", "Nothing new is applied"+since+until+". What is applied stays.")
 	}
 	p.blank()
 	s.openRows(p, rows, st)
@@ -58,15 +62,13 @@ func (s *screen) status(st *control.Status, open *control.Processes) string {
 		if i > 0 {
 			label = ""
 		}
-		p.field(label, statusColumn, s.local(f.Text))
+		p.field(label, statusColumn, s.localAt(f.Text, st.Generated))
 	}
 	if text := starts(st.Latency); text != "" {
 		p.field("Starts", statusColumn, text)
 	}
 	s.repository(p, st)
-	if n := s.next(st); n != "" {
-		p.field("Next", statusColumn, n)
-	}
+	s.story(p, st)
 	s.toDo(p, st, rows)
 	return p.String()
 }
@@ -265,7 +267,7 @@ func (s *screen) why(i control.Image, now control.Time) string {
 	case i.Attempts == 1 && i.Remedy == control.RemedyWait:
 		text += "; tried once, tries on"
 	}
-	return s.local(strings.TrimPrefix(text, ", "))
+	return s.localAt(strings.TrimPrefix(text, ", "), now)
 }
 
 func (s *screen) since(r control.ActiveRelease, now control.Time) string {
@@ -330,6 +332,9 @@ func (s *screen) repository(p *page, st *control.Status) {
 	} else if r.URL != "" && r.Error == nil {
 		parts = append(parts, "not checked yet")
 	}
+	if c := chapter(st, "poll"); c != nil && !c.At.IsZero() {
+		parts = append(parts, "again "+ahead(c.At, st.Generated))
+	}
 	if !r.Expires.IsZero() {
 		word := "good until "
 		if r.Expires.Before(st.Generated.Time) {
@@ -346,6 +351,9 @@ func (s *screen) repository(p *page, st *control.Status) {
 		text := r.Error.Text
 		if !r.Error.Since.IsZero() {
 			text = fmt.Sprintf("failing since %s%s: %s", s.date(r.Error.Since, st.Generated), agoIn(r.Error.Since, st.Generated), text)
+		}
+		if c := chapter(st, "repository"); c != nil && !c.At.IsZero() {
+			text += "; " + s.localAt(s.comes(*c, st.Generated), st.Generated)
 		}
 		p.field("", statusColumn, text)
 	}

@@ -39,13 +39,19 @@ func (s *screen) toDo(p *page, st *control.Status, rows []exception) {
 			}
 			continue
 		}
-		text := a.Text
-		if r, ok := remedies[control.Remedy(a.Remedy)]; ok {
-			text += "; " + r
-		} else if a.Remedy != "" && a.Remedy != "none" {
-			text += "; " + a.Remedy
+		todo := a.Remedy
+		if r, ok := remedies[control.Remedy(todo)]; ok {
+			todo = r
+		} else if todo == "none" {
+			todo = ""
 		}
-		cells = append(cells, []string{a.Severity, s.local(text)})
+		if told(st, a) { // under Next: here is what somebody can do about it
+			if todo != "" && !slices.ContainsFunc(cells, func(c []string) bool { return c[1] == todo }) {
+				cells = append(cells, []string{"", todo})
+			}
+			continue
+		}
+		cells = append(cells, []string{a.Severity, s.localAt(strings.TrimSuffix(a.Text+"; "+todo, "; "), st.Generated)})
 	}
 	for _, cmd := range nextCommands(st) {
 		if !slices.ContainsFunc(cells, func(c []string) bool { return strings.HasPrefix(c[1], cmd) }) {
