@@ -86,6 +86,7 @@ func TestYear(t *testing.T) {
 		y.hotpatch("H-05", "2027-05", "B-04", 1, m1)
 		y.until(6, 8)
 		y.holds(control.RestartRequired, "H-03-oob", "B-01")
+		y.tells("restart-required", 4, 13, control.WaitsForRestart)
 		// An unplanned one takes its place, and that of a hotpatch.
 		y.baseline("B-06", "2027-06", plain, clang, mingw)
 		y.until(6, 20)
@@ -112,6 +113,7 @@ func TestYear(t *testing.T) {
 		y.must(y.doRepo([]string{"down"}))
 		y.until(9, 10)
 		y.holds(control.Hotpatched, "H-08-oob", "B-07")
+		y.tells("repository", 8, 20, control.WaitsForNetwork)
 		y.must(y.doRepo([]string{"up"}))
 		y.away = false
 		y.until(9, 14)
@@ -163,6 +165,7 @@ in-force H-08
 out-of-force H-08
 in-force H-08-oob
 check-failed
+check-again
 in-force H-09
 baseline-staged B-10
 baseline-activated B-10
@@ -294,6 +297,21 @@ func (y *year) holds(state control.State, id, baseline string) {
 	}
 	if st.State != state || got != id || st.Baseline.ID != baseline {
 		y.t.Errorf("%s: %s with %q on %q, want %s with %q on %q; %+v\n%+v", time.Now().Format(time.DateOnly), st.State, got, st.Baseline.ID, state, id, baseline, st.Coverage, st.Attention)
+	}
+}
+
+// tells asks the story for what stands since a day, and for what it waits.
+func (y *year) tells(code string, month time.Month, day int, waits string) {
+	y.t.Helper()
+	st := y.status()
+	i := slices.IndexFunc(st.Story, func(c control.Chapter) bool { return c.Code == code })
+	if i < 0 || st.Story[i].WaitsFor != waits {
+		y.t.Errorf("%s: no story of %s: %+v", time.Now().Format(time.DateOnly), code, st.Story)
+		return
+	}
+	from := time.Date(2027, month, day, 9, 0, 0, 0, time.UTC)
+	if since := st.Story[i].Since; since.Before(from) || since.After(from.Add(24*time.Hour)) {
+		y.t.Errorf("%s: %s stands since %s, want %s", time.Now().Format(time.DateOnly), code, since, from)
 	}
 }
 

@@ -112,7 +112,7 @@ func oneProcess() *control.Processes {
 }
 
 func eligibilityDoc() *control.Eligibility {
-	return &control.Eligibility{Header: header(control.FormatEligibility), Checks: []control.Check{
+	return &control.Eligibility{Header: header(control.FormatEligibility), Looked: ago(20 * time.Minute), Again: control.At(now.Add(40 * time.Minute)), Checks: []control.Check{
 		{ID: "os", Title: "Windows 11", Result: control.Pass, Found: "Windows 11"},
 		{ID: "edition", Title: "Enterprise", Result: control.Pass, Found: "Enterprise"},
 		{ID: "arch", Title: "64-bit", Result: control.Pass, Found: "arm64, native"},

@@ -242,11 +242,11 @@ func (s *screen) localAt(text string, now control.Time) string {
 		if err != nil {
 			return m
 		}
-		if at := control.At(t); t.After(now.Time) {
-			return s.date(at, now) + " (" + ahead(at, now) + ")"
-		} else {
+		at := control.At(t)
+		if !t.After(now.Time) {
 			return s.date(at, now)
 		}
+		return s.date(at, now) + " (" + ahead(at, now) + ")"
 	})
 }
 

@@ -57,12 +57,12 @@ func (s *screen) status(st *control.Status, open *control.Processes) string {
 		}
 		p.field("Baseline", statusColumn, strings.TrimPrefix(strings.TrimSuffix(st.Baseline.ID+", "+st.Baseline.Month, ", "), ", ")+", "+current)
 	}
-	for i, f := range st.Staged {
-		label := "Files"
-		if i > 0 {
+	label := "Files"
+	for _, f := range st.Staged {
+		if !filesTold(st, f) {
+			p.field(label, statusColumn, s.localAt(f.Text, st.Generated))
 			label = ""
 		}
-		p.field(label, statusColumn, s.localAt(f.Text, st.Generated))
 	}
 	if text := starts(st.Latency); text != "" {
 		p.field("Starts", statusColumn, text)

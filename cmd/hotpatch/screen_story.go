@@ -31,7 +31,7 @@ func (s *screen) story(p *page, st *control.Status) {
 		lines = append(lines, s.localAt(text, st.Generated))
 	}
 	if n := len(all) - maxChapters; n > 0 {
-		lines = append(lines, "and "+many(n, "more thing")+": hotpatch --json status")
+		lines = append(lines, "and "+many(n, "more thing")+": hotpatch status --json")
 	}
 	if n := s.next(st); n != "" {
 		lines = append(lines, n)
@@ -44,7 +44,9 @@ func (s *screen) story(p *page, st *control.Status) {
 }
 
 // capital begins a sentence.
-func capital(text string) string { return strings.ToUpper(text[:min(1, len(text))]) + text[min(1, len(text)):] }
+func capital(text string) string {
+	return strings.ToUpper(text[:min(1, len(text))]) + text[min(1, len(text)):]
+}
 
 // comes is what comes next, with when it does.
 func (s *screen) comes(c control.Chapter, now control.Time) string {
@@ -66,6 +68,17 @@ func chapter(st *control.Status, code string) *control.Chapter {
 // told says whether a chapter on the screen tells what an attention is about.
 func told(st *control.Status, a control.Attention) bool {
 	return !slices.Contains(toldElsewhere, a.Code) && slices.ContainsFunc(st.Story, func(c control.Chapter) bool { return c.Code == a.Code && c.Product == a.Product })
+}
+
+// filesTold says whether a chapter tells of staged or kept files.
+func filesTold(st *control.Status, f control.StagedFiles) bool {
+	code := "restart-required"
+	if f.Phase == "active" {
+		code = "baseline-proof"
+	}
+	return slices.ContainsFunc(st.Story, func(c control.Chapter) bool {
+		return c.Code == code && c.Product == f.Product && strings.Contains(c.What, f.ID)
+	})
 }
 
 // ahead is how long it is until a time.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"flag"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -110,6 +111,7 @@ func screens() map[string]string {
 	staged.Attention = []control.Attention{{Code: "restart-required", Severity: control.SeverityWarning, Since: ago(2 * days), Remedy: "restart-device",
 		Text: "the baseline ACME-2027-01 is staged, 3 files: it takes effect at the next restart of the device"}}
 	all["status-staged"] = s.status(staged, nil)
+	maps.Copy(all, storyScreens(s))
 	all["check"] = s.checked(wellStatus())
 
 	all["eligibility-no"] = s.eligibility(eligibilityDoc(), false)
