@@ -60,9 +60,11 @@ func (a *Agent) attention(v View, w wishes, s *snapshot, holds []control.Hold) [
 	}
 	if a.denied > 0 {
 		add("not-looked-into", control.SeverityWarning, fmt.Sprintf("processes that could not be looked into, because the system refuses access: %d", a.denied), "hotpatch eligibility, check rights; this daemon may reach: "+a.freeze, now, public)
+		out[len(out)-1].About = "not-looked-into denied" // the count may change
 	}
 	if a.unread > 0 {
 		add("not-looked-into", control.SeverityWarning, fmt.Sprintf("processes that have mapped too much to be looked into: %d", a.unread), "the log names them; end them, or leave them as they are", now, public)
+		out[len(out)-1].About = "not-looked-into unread"
 	}
 	for id, j := range a.left {
 		add("hangs", control.SeverityError, fmt.Sprintf("%s, process %d, does not let itself be read or stopped: %s it has not ended", lastElement(programOf(j.info)), id.PID, j.step),
@@ -113,8 +115,9 @@ func (a *Agent) attention(v View, w wishes, s *snapshot, holds []control.Hold) [
 	return out
 }
 
-// volatile are the states of images that come and go too often for the disk.
-var volatile = map[control.ImageState]bool{control.Busy: true, control.PendingImage: true, control.Torn: true}
+// settles is how long something stands before that is worth a write to the disk:
+// processes that may not be touched come and go, some of them every second.
+const settles = time.Minute
 
 // sinceWhen sets since when what has begun just now for all we know is so: what was said
 // before stands since then, also before the daemon was started.
@@ -126,11 +129,12 @@ func (a *Agent) sinceWhen(x *control.Attention, now time.Time) {
 	switch {
 	case name != "":
 	case slices.Contains(control.ImageStates, control.ImageState(x.Code)): // a count may change
-		name, keep = x.Code, !volatile[control.ImageState(x.Code)]
+		name, keep = x.Code, true
 	default:
 		name = x.Code + " " + x.Text
 	}
-	x.Since = control.At(a.sinces.of(name, now, keep))
+	at := a.sinces.of(name, now, false)
+	x.Since = control.At(a.sinces.of(name, now, keep && now.Sub(at) >= settles))
 }
 
 // heldText says what a hold costs, not who set it: everybody may read it.

@@ -115,7 +115,7 @@ func (a *Agent) plotIntents(p *plot, v View, intents []Intent) {
 		p.Trials = append(p.Trials, *trials[id])
 	}
 	if p.Hours.Images > 0 {
-		p.Hours.Since = a.sinceOf("hours")
+		p.Hours.Since = a.sinces.of("hours", v.Now, false)
 	}
 	p.Loading = slices.Sorted(maps.Keys(loading))
 }

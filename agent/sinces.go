@@ -36,7 +36,9 @@ type sinces struct {
 }
 
 func newSinces(stored map[string]time.Time) sinces {
-	return sinces{at: maps.Clone(stored), asked: map[string]bool{}, stored: stored}
+	s := sinces{at: map[string]time.Time{}, asked: map[string]bool{}, stored: stored}
+	maps.Copy(s.at, stored)
+	return s
 }
 
 // of is since when what is named so is so: now, if it was not so in the round before.

@@ -262,6 +262,29 @@ func TestSinces(t *testing.T) {
 	}
 }
 
+// What comes and goes with processes is not written to the disk each time.
+func TestSettles(t *testing.T) {
+	a := &Agent{sinces: newSinces(nil)}
+	begun := noon
+	for _, c := range []struct {
+		now    time.Time
+		stored bool
+	}{{noon, false}, {noon.Add(settles - time.Second), false}, {noon.Add(settles), true}} {
+		x := control.Attention{Code: string(control.Blocked), Text: c.now.String(), Since: control.At(c.now), Scope: control.Scope{Public: true}}
+		a.sinceWhen(&x, c.now)
+		if !x.Since.Equal(begun) {
+			t.Errorf("at %s it stands since %s", c.now, x.Since)
+		}
+		if keep, _ := a.sinces.end(false); len(keep) > 0 != c.stored {
+			t.Errorf("at %s %v is stored", c.now, keep)
+		}
+	}
+	own := control.Attention{Code: "held", Since: control.At(noon.Add(-time.Hour)), Scope: control.Scope{Public: true}}
+	if a.sinceWhen(&own, noon); !own.Since.Equal(noon.Add(-time.Hour)) {
+		t.Errorf("what knows its beginning stands since %s", own.Since)
+	}
+}
+
 func TestStandings(t *testing.T) {
 	v := func(result eligibility.Result, waived bool) eligibility.Verdict {
 		return eligibility.Verdict{Checks: []eligibility.Check{{ID: "vbs", Result: result, Waived: waived, Found: "off"}}}
