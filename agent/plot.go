@@ -174,7 +174,7 @@ func (a *Agent) proofs() (out []proof) {
 // watchedOver are the releases that the health guard watches, and how long it
 // does. Where nobody tells how processes end it sees nothing.
 func (a *Agent) watchedOver(now time.Time) (out []watchedOver) {
-	if a.policy == nil || a.policy.Guard == GuardOff || a.starts.deaf != "" {
+	if a.policy == nil || a.policy.Guard == GuardOff {
 		return nil
 	}
 	young := map[string]*watchedOver{} // by release
@@ -192,7 +192,7 @@ func (a *Agent) watchedOver(now time.Time) (out []watchedOver) {
 	lives := map[string]map[target.ID]bool{}
 	for _, r := range a.allRecords() {
 		x, ends := young[r.Release], r.At.Add(a.policy.GuardWindow)
-		if x == nil || r.State != patcher.Applied || !ends.After(now) {
+		if x == nil || r.State != patcher.Applied || !ends.After(now) || !a.hears(r.ID) {
 			continue
 		}
 		if lives[x.ID] == nil {
