@@ -83,7 +83,11 @@ func (a *Agent) attention(v View, w wishes, s *snapshot, holds []control.Hold) [
 		}
 	}
 	out = append(out, a.approvedInVain(v.Now, w)...)
-	out = append(out, a.waiting(v, w)...)
+	for _, x := range a.waiting(v, w) {
+		if !slices.ContainsFunc(s.files.behind, func(b behind) bool { return x.About == sinceWaits+b.product+" "+b.baseline }) { // said with what needs it
+			out = append(out, x)
+		}
+	}
 	for _, h := range holds {
 		if h.Decisive {
 			since := h.Since

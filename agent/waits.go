@@ -46,7 +46,7 @@ func (a *Agent) waiting(v View, w wishes) (out []control.Attention) {
 			todo = "hotpatch install " + x.ID
 		}
 		out = append(out, control.Attention{Code: "waiting", Severity: control.SeverityInfo, Since: control.At(x.Since), Scope: control.Scope{Public: true},
-			Text: x.name() + " is not taken yet: " + x.Why.Text, Remedy: todo, Product: x.Product})
+			Text: x.name() + " is not taken yet: " + x.Why.Text, Remedy: todo, Product: x.Product, About: sinceWaits + x.Product + " " + x.ID})
 	}
 	return out
 }

@@ -31,7 +31,7 @@ func storyScreens(s *screen) map[string]string {
 		control.Chapter{Code: "ineligible", What: "chpe could not be read: access denied", Since: ago(50 * time.Hour), Next: until, At: in(40 * time.Minute), WaitsFor: control.WaitsForRequirement}, polled())
 	add("behind", func(st *control.Status) {
 		st.State, st.Baseline = control.BaselineRequired, control.Baseline{ID: "ACME-2026-07", Month: "2026-07"}
-		st.Attention = []control.Attention{{Code: "baseline-required", Severity: control.SeverityWarning, Product: "acme-server", Since: ago(11 * days),
+		st.Attention = []control.Attention{{Code: "baseline-required", Severity: control.SeverityWarning, Since: ago(11 * days),
 			Text: "ACME-2026-11 needs the baseline ACME-2026-10, which is not offered here", Remedy: "baseline"}}
 	}, control.Chapter{Code: "baseline-required", Product: "acme-server", What: "ACME-2026-11 needs the baseline ACME-2026-10, which is not offered here", Since: ago(11 * days),
 		Next: "no hotpatches until the repository has it; the next baseline is planned", At: in(51 * days), WaitsFor: control.WaitsForPublisher}, polled())
@@ -39,7 +39,7 @@ func storyScreens(s *screen) map[string]string {
 		st.State, st.RestartRequired = control.RestartRequired, true
 		st.Baseline = control.Baseline{ID: "ACME-2026-07", Month: "2026-07"}
 		st.Staged = []control.StagedFiles{{Product: "acme-server", ID: "ACME-2026-10", Kind: "baseline", Phase: "staged", Files: 3, Text: "3 files of ACME-2026-10 take effect at the next restart"}}
-		st.Attention = []control.Attention{{Code: "restart-required", Severity: control.SeverityWarning, Product: "acme-server", Since: ago(40 * days), Remedy: "restart-device",
+		st.Attention = []control.Attention{{Code: "restart-required", Severity: control.SeverityWarning, Since: ago(40 * days), Remedy: "restart-device",
 			Text: "the baseline ACME-2026-10 is staged, 3 files: it takes effect at the next restart of the device"}}
 	}, control.Chapter{Code: "restart-required", Product: "acme-server", What: "the baseline ACME-2026-10 is staged, 3 files", Since: ago(40 * days),
 		Next: "it takes effect at the next restart of the device", WaitsFor: control.WaitsForRestart}, polled())

@@ -67,7 +67,7 @@ func chapter(st *control.Status, code string) *control.Chapter {
 
 // told says whether a chapter on the screen tells what an attention is about.
 func told(st *control.Status, a control.Attention) bool {
-	return !slices.Contains(toldElsewhere, a.Code) && slices.ContainsFunc(st.Story, func(c control.Chapter) bool { return c.Code == a.Code && c.Product == a.Product })
+	return !slices.Contains(toldElsewhere, a.Code) && slices.ContainsFunc(st.Story, func(c control.Chapter) bool { return c.Code == a.Code && (a.Product == "" || c.Product == a.Product) })
 }
 
 // filesTold says whether a chapter tells of staged or kept files.
