@@ -12,15 +12,19 @@ import (
 	"hotpatchd/patcher/target"
 )
 
-// backend implements target.Backend. Its lock covers everything in it.
+// backend implements target.Backend. Its lock covers everything below it.
 type backend struct {
+	execs execs
+
 	mu      sync.Mutex
 	proc    procDir
 	procs   map[int]*known
 	desc    describer
 	changes uint64 // last Change given out
 	round   uint64
-	kept    int // stat files that are open
+	execed  map[int]bool // who has executed a program since the last round
+	untold  bool         // any other process may have
+	kept    int          // files of processes that are open
 	mayKeep int
 	turns   int // of so many processes with page faults one is looked at in a round
 	waiting int // how many there were
@@ -37,11 +41,13 @@ type backend struct {
 // known is what List remembers of a process from one call to the next.
 type known struct {
 	stat   stat
+	size   pages  // when that was read, or before
 	sum    uint64 // of the mappings that code can come from
 	info   target.Info
-	kernel bool   // a kernel thread: no info
-	late   bool   // a look at its memory did not come back
-	file   int    // its stat file (a kernel thread's comm), -1 if it is not kept open
+	kernel bool // a kernel thread: no info
+	late   bool // a look at its memory did not come back
+	file   int  // its stat or, if it is brief, its statm file (a kernel thread's comm), -1 if it is not kept open
+	brief  bool
 	round  uint64 // of List, in which it was last seen
 	calm   int    // grows while its mappings stay the same
 	passes int    // calls of ListOf that pass over it meanwhile

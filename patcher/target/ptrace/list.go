@@ -24,14 +24,17 @@ const faultChecks = 32
 const maxKept = 2048
 
 // List reads one file of a process that did nothing: its start, the places of
-// its code and stack, its size and its page faults are as they were. Of one that
-// did something it compares the mappings that code can come from, files and
-// executable ones; only if those changed everything about it is read anew. A
-// module that went and came back at the same place between two calls does not show.
+// its code and stack, its size and its page faults are as they were. Where the
+// kernel tells of execs it is a cheaper file in most rounds, with what it maps
+// and how much of that is resident. Of one that did something it compares the
+// mappings that code can come from, files and executable ones; only if those
+// changed everything about it is read anew. A module that went and came back at
+// the same place between two calls does not show.
 func (b *backend) List(ctx context.Context) ([]target.Info, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.round++
+	b.execed, b.untold = b.execs.take()
 	if r := readRights(); r != b.desc.rights {
 		b.desc.rights = r
 		for pid := range b.procs {
@@ -87,22 +90,34 @@ func (b *backend) ListOf(ctx context.Context, pids []int) ([]target.Info, error)
 // of: gone, a kernel thread, or dead and not yet reaped. Where many took page
 // faults, those have to wait for their turn that are not wanted now.
 func (b *backend) refresh(pid int, now bool) *known {
+	k := b.procs[pid]
+	var size pages
+	if k != nil && k.brief && readPages(k.file, &size) && size == k.size &&
+		!now && !b.untold && !b.execed[pid] && !k.late && (uint64(pid)+b.round)%statRounds != 0 {
+		return k
+	}
 	var path [48]byte
 	var s stat
 	name := strconv.AppendInt(path[:0], int64(pid), 10)
 	if !b.statOf(pid, name, &s) || s.flags&kernelThread != 0 || s.dying() && s.threads < 2 {
 		return nil
 	}
-	k := b.procs[pid]
+	k = b.procs[pid]
 	if k != nil && !s.dying() && sameProgram(&k.stat, &s) {
-		if s.vsize == k.stat.vsize && !k.late && (s.faults == k.stat.faults || now && k.calmly() || !now && !b.turn(pid)) {
-			return k
+		if s.vsize == k.stat.vsize && !k.late {
+			if s.faults == k.stat.faults {
+				k.size = size
+				return k
+			}
+			if now && k.calmly() || !now && !b.turn(pid) {
+				return k
+			}
 		}
 		if k.late && b.late.admit(lifetime{pid, s.start}) != nil {
 			return k
 		}
 		if sum, _, ok := b.sumMaps(lifetime{pid, s.start}, name); ok && sum == k.sum && !k.late {
-			k.stat = s
+			k.stat, k.size = s, size
 			k.calm = min(2*k.calm+1, mostCalm)
 			k.passes = k.calm
 			return k
@@ -126,7 +141,13 @@ func (b *backend) refresh(pid int, now bool) *known {
 		return k // with a dead main thread, seen through another one
 	}
 	b.drop(pid)
-	k = &known{stat: l.stat, info: b.desc.describe(dir, &l), file: b.keep(dir, "stat"), late: late}
+	k = &known{stat: l.stat, info: b.desc.describe(dir, &l), file: -1, late: late}
+	if b.execs.tells() {
+		k.file = b.keep(dir, "statm")
+		k.brief = k.file >= 0
+	} else {
+		k.file = b.keep(dir, "stat")
+	}
 	k.info.ID = id
 	if late {
 		k.info.Guards = append(k.info.Guards, target.Guard{Code: target.GuardProtected, Text: err.Error()})
@@ -181,12 +202,45 @@ func readStat(fd int, s *stat) bool {
 	return err == nil && parseStat(buf[:n], s)
 }
 
+// pages is the size of a process: what it maps, what of that is resident and
+// what of that is of files (proc_pid_statm(5)), in pages.
+type pages [3]uint64
+
+// readPages reads /proc/PID/statm, a quarter of the work of stat.
+func readPages(fd int, p *pages) bool {
+	var buf [128]byte
+	n, err := unix.Pread(fd, buf[:], 0)
+	if err != nil {
+		return false
+	}
+	*p = pages{}
+	field := 0
+	for _, c := range buf[:n] {
+		switch {
+		case c >= '0' && c <= '9':
+			p[field] = 10*p[field] + uint64(c-'0')
+			continue
+		case c != ' ':
+			return false
+		}
+		if field++; field == len(p) {
+			return true
+		}
+	}
+	return false
+}
+
+// statRounds is after how many Lists the stat file of a process is read that
+// seems to have done nothing: one may map as much as before, elsewhere.
+const statRounds = 32
+
 // statOf reads the stat file of a process, through the descriptor that was kept
-// if there is one. Of a kernel thread it says from memory what it is, but looks
-// again from time to time: a thread may go from the kernel to a program.
+// if there is one. Of a kernel thread it says from memory
+// what it is, but looks again from time to time: a thread may go from the kernel
+// to a program.
 func (b *backend) statOf(pid int, name []byte, s *stat) bool {
 	k := b.procs[pid]
-	if k != nil && k.file >= 0 {
+	if k != nil && k.file >= 0 && !k.brief {
 		if k.kernel && (uint64(pid)+b.round)%kernelRounds != 0 {
 			var comm [32]byte
 			if _, err := unix.Pread(k.file, comm[:], 0); err == nil {

@@ -9,10 +9,24 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"hotpatchd/patcher/target"
+	"hotpatchd/patcher/target/ptrace/hosttest"
 )
 
+// BenchmarkList measures one List, with and without news of process starts.
 func BenchmarkList(b *testing.B) {
-	k := newBackend(b)
+	b.Run("told", func(b *testing.B) {
+		k := newBackend(b)
+		if _, err := k.Watch(b.Context()); err != nil {
+			b.Skip(err)
+		}
+		benchList(b, k)
+	})
+	b.Run("untold", func(b *testing.B) { benchList(b, newBackend(b)) })
+}
+
+func benchList(b *testing.B, k *backend) {
 	for range 200 {
 		c := exec.Command("sleep", "1000")
 		if err := c.Start(); err != nil {
@@ -33,6 +47,112 @@ func BenchmarkList(b *testing.B) {
 	}
 	b.ReportMetric(float64(n), "processes")
 	b.ReportMetric(float64((cpu()-before).Microseconds())/float64(b.N), "cpu-µs/op")
+}
+
+// TestListTold: a List that need not ask each process whether it executed a
+// program misses none that did, and none that maps something.
+func TestListTold(t *testing.T) {
+	b := newBackend(t)
+	events, err := b.Watch(t.Context())
+	if err != nil {
+		t.Skipf("needs news of processes, which come in the first namespaces only: %v", err)
+	}
+	h := hosttest.Start(t, hosttest.Options{DLL: hosttest.Unnamed(t, "mingw/app.dll"), Call: "vuln", Allow: []int{42}})
+	look := func() target.Info {
+		t.Helper()
+		l, err := b.List(t.Context())
+		must(t, "List", err)
+		for _, i := range l {
+			if i.PID == h.PID {
+				return i
+			}
+		}
+		t.Fatal("the host is not in the list")
+		panic("")
+	}
+	quiet := func() target.Info { // until nothing changes by itself
+		t.Helper()
+		last := look()
+		for same := 0; same < 3; same++ {
+			time.Sleep(5 * time.Millisecond)
+			if i := look(); i.Change != last.Change {
+				last, same = i, 0
+			}
+		}
+		return last
+	}
+	if quiet(); !b.procs[h.PID].brief {
+		t.Fatal("it is not looked at by the cheap file")
+	}
+	for n := range 30 {
+		was, at := quiet(), time.Now()
+		h.Exec()
+		for {
+			var e target.Event
+			select {
+			case e = <-events:
+			case <-time.After(time.Minute):
+				t.Fatal("nobody tells of the exec")
+			}
+			if e.Kind == target.Started && e.PID == h.PID && e.At.After(at) {
+				break
+			}
+		}
+		if now := look(); now.ID == was.ID {
+			t.Fatalf("exec %d: the new life has the old one's id", n)
+		}
+	}
+	was := quiet()
+	if _, err := h.Ask("load " + hosttest.Fixture(t, "mingw/app.dll")); err != nil {
+		t.Fatal(err)
+	}
+	if now := look(); now.ID != was.ID || now.Change == was.Change {
+		t.Errorf("an image was mapped: %+v, before it %+v", now, was)
+	}
+}
+
+// TestExecs: what the next List may believe.
+func TestExecs(t *testing.T) {
+	var e execs
+	check := func(what string, untold bool, pids ...int) {
+		t.Helper()
+		got, u := e.take()
+		if u != untold || len(got) != len(pids) {
+			t.Errorf("%s: %v, untold %v", what, got, u)
+		}
+		for _, pid := range pids {
+			if !got[pid] {
+				t.Errorf("%s: %d is not among %v", what, pid, got)
+			}
+		}
+	}
+	check("nobody tells", true)
+	check("nobody tells, still", true)
+	e.begin()
+	check("before the first news", true)
+	check("no news", false)
+	e.add(1)
+	e.add(2)
+	check("two", false, 1, 2)
+	check("taken", false)
+	e.add(1)
+	e.miss()
+	e.add(2)
+	check("some were lost", true)
+	check("after that", false)
+	for n := range maxExecs {
+		e.add(n)
+	}
+	if got, untold := e.take(); len(got) != maxExecs || untold {
+		t.Errorf("%d execs, untold %v", len(got), untold)
+	}
+	for n := range maxExecs + 1 {
+		e.add(n)
+	}
+	check("too many", true)
+	e.end()
+	check("over", true)
+	check("over, still", true)
 }
 
 // cpu is the processor time this process has used: what a loaded machine does not distort.

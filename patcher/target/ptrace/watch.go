@@ -42,15 +42,17 @@ func (b *backend) Watch(ctx context.Context) (<-chan target.Event, error) {
 		f.Close()
 		return nil, fmt.Errorf("cannot watch process starts (CAP_NET_ADMIN?): %w: %v", target.ErrDenied, err)
 	}
-	w := &watcher{f: f, faults: openFaults(), buf: make([]byte, 16<<10), events: make(chan target.Event, watchBehind)}
+	w := &watcher{f: f, faults: openFaults(), execs: &b.execs, buf: make([]byte, 16<<10), events: make(chan target.Event, watchBehind)}
 	if err := w.answer(); err != nil {
 		w.faults.close()
 		f.Close()
 		return nil, fmt.Errorf("cannot watch process starts: %w", err)
 	}
 	context.AfterFunc(ctx, func() { f.SetReadDeadline(time.Unix(1, 0)) })
+	b.execs.begin()
 	go func() {
 		defer close(w.events)
+		defer b.execs.end()
 		defer f.Close()
 		defer w.faults.close()
 		w.run(ctx)
@@ -65,6 +67,7 @@ type watcher struct {
 	buf    []byte
 	events chan target.Event
 	lost   bool // since the last Lost that was told
+	execs  *execs
 }
 
 // run reads until ctx ends.
@@ -77,6 +80,7 @@ func (w *watcher) run(ctx context.Context) {
 		case ctx.Err() != nil:
 			return
 		case err != nil:
+			w.execs.end()
 			// Nothing comes any more; the channel stays open until the end, as promised.
 			w.send(target.Event{Kind: target.Lost, At: time.Now()})
 			<-ctx.Done()
@@ -107,7 +111,7 @@ func (w *watcher) drain(take func(message)) error {
 			case err == unix.EAGAIN:
 				return n > 0 // the first time: wait
 			case err == unix.ENOBUFS:
-				w.lost = true
+				w.lose()
 			case err != nil:
 				failed = err
 				return true
@@ -132,6 +136,7 @@ func (w *watcher) tell(m message) {
 	e := target.Event{PID: m.pid, At: sinceBoot(m.at)}
 	switch m.what {
 	case eventExec:
+		w.execs.add(m.pid)
 		e.Kind = target.Started
 	case eventFork:
 		e.Kind, e.Parent = target.Forked, m.parent
@@ -149,8 +154,14 @@ func (w *watcher) tell(m message) {
 		return
 	}
 	if !w.send(e) {
-		w.lost = true
+		w.lose()
 	}
+}
+
+// lose notes that something was lost.
+func (w *watcher) lose() {
+	w.lost = true
+	w.execs.miss()
 }
 
 // send never waits: who does not read loses events.
