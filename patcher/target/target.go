@@ -248,6 +248,7 @@ const (
 	Started EventKind = iota + 1 // it executes another program: a new life
 	Forked                       // it is the child of a fork, with its parent's images
 	Exited                       // it has ended, or its main thread has
+	Mapped                       // it got executable memory, by which it may have an image more
 	Lost                         // events were lost: only List tells what happened
 )
 
@@ -259,6 +260,8 @@ func (k EventKind) String() string {
 		return "forked"
 	case Exited:
 		return "exited"
+	case Mapped:
+		return "mapped"
 	case Lost:
 		return "lost"
 	}
@@ -273,6 +276,10 @@ type Event struct {
 	Start  uint64    // of the life, as in ID; 0 where the system does not tell
 	Parent int       // Forked: who forked; 0 where the system does not tell
 	At     time.Time // when it happened, with Lost when that was noticed; zero if the system does not tell
+
+	// Told, of Started and Forked: what it maps from now on is told as Mapped, so
+	// that nobody need look before.
+	Told bool
 
 	// Exited: how. Code is the exit code; with Status that of Windows, which is an
 	// NTSTATUS where an exception ended it. Signal is the number of the signal

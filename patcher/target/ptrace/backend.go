@@ -14,7 +14,8 @@ import (
 
 // backend implements target.Backend. Its lock covers everything below it.
 type backend struct {
-	execs execs
+	news news
+	elfs elfs
 
 	mu      sync.Mutex
 	proc    procDir
@@ -22,9 +23,8 @@ type backend struct {
 	desc    describer
 	changes uint64 // last Change given out
 	round   uint64
-	execed  map[int]bool // who has executed a program since the last round
-	untold  bool         // any other process may have
-	kept    int          // files of processes that are open
+	heard   heard // what this round may go by
+	kept    int   // files of processes that are open
 	mayKeep int
 	turns   int // of so many processes with page faults one is looked at in a round
 	waiting int // how many there were

@@ -19,15 +19,11 @@ const maxELFs = 64
 // in its memory, it is no code of a PE image. Most processes of a machine are
 // like that, and need not be opened. Whatever is unclear makes it false.
 func (b *backend) elfOnly(folder string, maps []byte) bool {
-	type file struct {
-		dev   device
-		inode uint64
-	}
 	var starts [maxELFs]struct {
-		file
+		inode
 		at target.Addr
 	}
-	var code [maxELFs]file
+	var code [maxELFs]inode
 	var n, coded int
 	for rest := maps; len(rest) > 0; {
 		line, next, _ := bytes.Cut(rest, newline)
@@ -44,19 +40,19 @@ func (b *backend) elfOnly(folder string, maps []byte) bool {
 		if !ok1 || !ok2 || !ok3 {
 			return false
 		}
-		f := file{dev: makeDevice(major, minor)}
+		f := inode{dev: makeDevice(major, minor)}
 		for len(line) > 0 && line[0] >= '0' && line[0] <= '9' {
-			f.inode = f.inode*10 + uint64(line[0]-'0')
+			f.ino = f.ino*10 + uint64(line[0]-'0')
 			line = line[1:]
 		}
 		switch name := bytes.TrimLeft(line, " "); {
-		case f.inode == 0:
+		case f.ino == 0:
 			if exec && !bytes.HasPrefix(name, special) {
 				return false // code without a file
 			}
 			continue
 		case offset == 0 && read && n < len(starts):
-			starts[n].file, starts[n].at = f, target.Addr(at)
+			starts[n].inode, starts[n].at = f, target.Addr(at)
 			n++
 		}
 		if !exec || coded > 0 && code[coded-1] == f {
@@ -79,7 +75,7 @@ func (b *backend) elfOnly(folder string, maps []byte) bool {
 	for _, f := range code[:coded] {
 		found := false
 		for _, s := range starts[:n] {
-			if s.file != f {
+			if s.inode != f {
 				continue
 			}
 			var magic [4]byte
@@ -92,6 +88,7 @@ func (b *backend) elfOnly(folder string, maps []byte) bool {
 			return false
 		}
 	}
+	b.elfs.add(code[:coded]...)
 	return true
 }
 

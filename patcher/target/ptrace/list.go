@@ -26,15 +26,17 @@ const maxKept = 2048
 // List reads one file of a process that did nothing: its start, the places of
 // its code and stack, its size and its page faults are as they were. Where the
 // kernel tells of execs it is a cheaper file in most rounds, with what it maps
-// and how much of that is resident. Of one that did something it compares the
-// mappings that code can come from, files and executable ones; only if those
-// changed everything about it is read anew. A module that went and came back at
-// the same place between two calls does not show.
+// and how much of that is resident; and where it tells of new code, too, no file
+// at all of one that has none that could be an image's. Of one that did
+// something it compares the mappings that code can come from, files and
+// executable ones; only if those changed everything about it is read anew. A
+// module that went and came back at the same place between two calls does not
+// show.
 func (b *backend) List(ctx context.Context) ([]target.Info, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.round++
-	b.execed, b.untold = b.execs.take()
+	b.heard = b.news.take()
 	if r := readRights(); r != b.desc.rights {
 		b.desc.rights = r
 		for pid := range b.procs {
@@ -92,8 +94,11 @@ func (b *backend) ListOf(ctx context.Context, pids []int) ([]target.Info, error)
 func (b *backend) refresh(pid int, now bool) *known {
 	k := b.procs[pid]
 	var size pages
-	if k != nil && k.brief && readPages(k.file, &size) && size == k.size &&
-		!now && !b.untold && !b.execed[pid] && !k.late && (uint64(pid)+b.round)%statRounds != 0 {
+	quiet := k != nil && !now && !k.kernel && !k.late && !b.heard.untold && !b.heard.pids[pid] && (uint64(pid)+b.round)%statRounds != 0
+	if quiet && k.info.Bare && b.heard.code {
+		return k
+	}
+	if k != nil && k.brief && readPages(k.file, &size) && size == k.size && quiet {
 		return k
 	}
 	var path [48]byte
@@ -142,17 +147,19 @@ func (b *backend) refresh(pid int, now bool) *known {
 	}
 	b.drop(pid)
 	k = &known{stat: l.stat, info: b.desc.describe(dir, &l), file: -1, late: late}
-	if b.execs.tells() {
-		k.file = b.keep(dir, "statm")
-		k.brief = k.file >= 0
-	} else {
-		k.file = b.keep(dir, "stat")
-	}
 	k.info.ID = id
 	if late {
 		k.info.Guards = append(k.info.Guards, target.Guard{Code: target.GuardProtected, Text: err.Error()})
 	} else {
 		k.sum, k.info.Bare, _ = b.sumMaps(l.lifetime(), append(name, l.via()...))
+	}
+	switch told := b.news.tells(); {
+	case k.info.Bare && b.heard.code:
+	case told:
+		k.file = b.keep(dir, "statm")
+		k.brief = k.file >= 0
+	default:
+		k.file = b.keep(dir, "stat")
 	}
 	k.info.Guards = slices.Clip(k.info.Guards)
 	b.changes++
@@ -231,7 +238,8 @@ func readPages(fd int, p *pages) bool {
 }
 
 // statRounds is after how many Lists the stat file of a process is read that
-// seems to have done nothing: one may map as much as before, elsewhere.
+// seems to have done nothing: one may map as much as before, elsewhere, and what
+// the kernel tells is a hint.
 const statRounds = 32
 
 // statOf reads the stat file of a process, through the descriptor that was kept

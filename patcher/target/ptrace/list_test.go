@@ -111,48 +111,56 @@ func TestListTold(t *testing.T) {
 	}
 }
 
-// TestExecs: what the next List may believe.
-func TestExecs(t *testing.T) {
-	var e execs
-	check := func(what string, untold bool, pids ...int) {
+// TestNews: what the next List may go by.
+func TestNews(t *testing.T) {
+	var n news
+	check := func(what string, untold, code bool, pids ...int) {
 		t.Helper()
-		got, u := e.take()
-		if u != untold || len(got) != len(pids) {
-			t.Errorf("%s: %v, untold %v", what, got, u)
+		h := n.take()
+		if h.untold != untold || h.code != code || len(h.pids) != len(pids) {
+			t.Errorf("%s: %+v", what, h)
 		}
 		for _, pid := range pids {
-			if !got[pid] {
-				t.Errorf("%s: %d is not among %v", what, pid, got)
+			if !h.pids[pid] {
+				t.Errorf("%s: %d is not among %v", what, pid, h.pids)
 			}
 		}
 	}
-	check("nobody tells", true)
-	check("nobody tells, still", true)
-	e.begin()
-	check("before the first news", true)
-	check("no news", false)
-	e.add(1)
-	e.add(2)
-	check("two", false, 1, 2)
-	check("taken", false)
-	e.add(1)
-	e.miss()
-	e.add(2)
-	check("some were lost", true)
-	check("after that", false)
-	for n := range maxExecs {
-		e.add(n)
+	check("nobody tells", true, false)
+	check("nobody tells, still", true, false)
+	n.begin(true)
+	check("before the first news", true, false)
+	check("no news", false, true)
+	n.add(1)
+	n.add(2)
+	n.add(1)
+	check("two", false, true, 1, 2)
+	check("taken", false, true)
+	n.add(1)
+	n.miss()
+	n.add(2)
+	check("some were lost", true, false)
+	check("after that", false, true)
+	for pid := range maxNews {
+		n.add(pid)
+		n.add(pid)
 	}
-	if got, untold := e.take(); len(got) != maxExecs || untold {
-		t.Errorf("%d execs, untold %v", len(got), untold)
+	if h := n.take(); len(h.pids) != maxNews || h.untold {
+		t.Errorf("%d processes, untold %v", len(h.pids), h.untold)
 	}
-	for n := range maxExecs + 1 {
-		e.add(n)
+	for pid := range maxNews + 1 {
+		n.add(pid)
 	}
-	check("too many", true)
-	e.end()
-	check("over", true)
-	check("over, still", true)
+	check("too many", true, false)
+	n.end(true)
+	check("new code is not told any more", true, false)
+	check("but the rest is", false, false)
+	n.end(false)
+	check("over", true, false)
+	check("over, still", true, false)
+	n.begin(false)
+	check("again, without new code", true, false)
+	check("again", false, false)
 }
 
 // cpu is the processor time this process has used: what a loaded machine does not distort.

@@ -205,6 +205,7 @@ func (m *Machine) LoadModule(pid int, x Module) (target.Addr, error) {
 		}
 		if at, err = m.load(p, x); err == nil {
 			m.changed(p)
+			m.tell(target.Event{Kind: target.Mapped, PID: pid})
 		}
 		return err
 	})

@@ -32,6 +32,7 @@ type Machine struct {
 
 	watchers map[*watcher]bool
 	deaf     bool // watchers are told nothing
+	hideCode bool // and no event tells of code
 }
 
 var (
@@ -157,6 +158,14 @@ func (m *Machine) Deafen(deaf bool) {
 	m.deaf = deaf
 }
 
+// HideCode keeps the machine from telling of new code, as systems do that only
+// tell of starts, or no longer.
+func (m *Machine) HideCode(hide bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.hideCode = hide
+}
+
 // Tell sends an event, whether or not it happened.
 func (m *Machine) Tell(e target.Event) {
 	m.mu.Lock()
@@ -166,6 +175,11 @@ func (m *Machine) Tell(e target.Event) {
 
 // tell needs the lock.
 func (m *Machine) tell(e target.Event) {
+	if m.hideCode {
+		if e.Told = false; e.Kind == target.Mapped {
+			return
+		}
+	}
 	if !m.deaf {
 		m.send(e)
 	}

@@ -77,7 +77,7 @@ func (m *Machine) Start(s Process) (target.ID, error) {
 		return target.ID{}, err
 	}
 	m.procs[p.id.PID] = p
-	m.tell(target.Event{Kind: target.Started, PID: p.id.PID})
+	m.started(p)
 	return p.id, nil
 }
 
@@ -236,8 +236,18 @@ func (m *Machine) replace(p *process, s Process) error {
 	}
 	m.endLife(p)
 	m.procs[p.id.PID] = next
-	m.tell(target.Event{Kind: target.Started, PID: p.id.PID})
+	m.started(next)
 	return nil
+}
+
+// started tells of a new life, and of its code: not of the loop in which its
+// threads stand, which stands for a program of the system's own format.
+func (m *Machine) started(p *process) {
+	m.tell(target.Event{Kind: target.Started, PID: p.id.PID, Told: true})
+	code := func(r Region) bool { return strings.HasSuffix(r.Prot, "x") }
+	if len(p.modules) > 0 || slices.ContainsFunc(p.spec.Regions, code) {
+		m.tell(target.Event{Kind: target.Mapped, PID: p.id.PID})
+	}
 }
 
 // Exit ends a process.
@@ -305,7 +315,7 @@ func (m *Machine) Fork(pid int) (target.ID, error) {
 		}
 		m.changed(c)
 		m.procs[child] = c
-		m.tell(target.Event{Kind: target.Forked, PID: child, Parent: pid})
+		m.tell(target.Event{Kind: target.Forked, PID: child, Parent: pid, Told: true})
 		return nil
 	})
 	return id, err

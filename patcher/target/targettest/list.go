@@ -3,6 +3,7 @@ package targettest
 import (
 	"context"
 	"sync"
+	"time"
 
 	"hotpatchd/patcher/target"
 )
@@ -162,6 +163,9 @@ func closed(e *env) {
 	e.runs(v)
 }
 
+// settle is how long no news is no news: more than a backend gathers them.
+const settle = 200 * time.Millisecond
+
 func watchTells(e *env) {
 	w, ok := e.Backend.(target.Watcher)
 	if !ok {
@@ -191,7 +195,29 @@ func watchTells(e *env) {
 		})
 	}
 	v := e.start(Want{})
-	next("a start is told", func(x target.Event) bool { return x.Kind == target.Started && x.PID == v.PID() })
+	told := false // of its code, too
+	next("a start is told", func(x target.Event) bool {
+		if x.Kind == target.Started && x.PID == v.PID() {
+			told = x.Told
+			return true
+		}
+		return false
+	})
+	mapped := func(x target.Event) bool { return x.Kind == target.Mapped && x.PID == v.PID() }
+	if told {
+		next("its code is told", mapped)
+	}
+	if m, ok := v.(Mapper); ok && told {
+		for quiet := false; !quiet; { // what is still told of the start
+			time.Sleep(settle)
+			for quiet = true; len(c) > 0; {
+				quiet = quiet && !mapped(<-c)
+			}
+		}
+		_, err := m.Map()
+		e.absent(err)
+		next("a module is told", mapped)
+	}
 	if f, ok := v.(Forker); ok {
 		child, err := f.Fork()
 		e.absent(err)
