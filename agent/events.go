@@ -9,11 +9,12 @@ import (
 	"hotpatchd/patcher/target"
 )
 
-// A program maps its images some milliseconds after it has started, and nothing
-// tells when. So a process of which the backend tells that it started is looked
-// at again and again for a while: first often, then less, and never longer than
-// that. What comes later is found by the regular pass, and so is what no event
-// told of: events make patching fast, they never make it right.
+// A program maps its images some milliseconds after it has started, or an hour.
+// Where the backend tells of new code, that process is looked at again and again
+// for a while: a loader is not done when it has mapped the first of an image.
+// Elsewhere every process is that has just started. What comes later is found by
+// the regular pass, and so is what no event told of: events make patching fast,
+// they never make it right.
 const (
 	// youngFirst is how long a program is left to itself before the first look:
 	// its loader is at work, and most that end at once have ended.
@@ -25,7 +26,7 @@ const (
 	youngRest = 30 * time.Millisecond
 	youngFor  = 400 * time.Millisecond
 	// A process with code that is not of ELF files may be Wine, which takes its
-	// time: every slowRest until slowFor.
+	// time: every slowRest until slowFor, where nobody tells of new code.
 	slowRest = 100 * time.Millisecond
 	slowFor  = 4 * time.Second
 	// youngShare keeps the looks under a fifth of a core, whatever starts.
@@ -36,16 +37,27 @@ const (
 	// maxYoung bounds the processes that are looked at like this. More of them
 	// start only where somebody wants to keep us busy; the regular pass finds them.
 	maxYoung = 4096
+	// mapsFor is how long one watch may last, of a process that gets new code again
+	// and again: it may be one that makes code as it runs. Each watch that brought
+	// nothing doubles the time until news of new code are heard again, from
+	// youngRest to the time between two passes.
+	mapsFor = 4 * time.Second
+	// startMost is how long before a start is told the code of the program may
+	// have been mapped.
+	startMost = 100 * time.Millisecond
 	// maxTaken bounds how many events are taken before the loop turns to others.
 	maxTaken = 1024
 )
 
 // young is a process that started a moment ago.
 type young struct {
-	since time.Time // of this watch
-	start time.Time // it started; zero: it was there before, and something happened to it
-	next  time.Time // its turn
-	seen  time.Time // when it was last listed
+	since  time.Time // of this watch, or of the last news
+	start  time.Time // it started; zero: it was there before, and something happened to it
+	told   bool      // of its new code we are told
+	first  time.Time // there was news of new code, for the first time in this watch
+	images int       // that were known of it then
+	next   time.Time // its turn; zero: not before there is news
+	seen   time.Time // when it was last listed
 }
 
 // starts is what the loop knows of processes that started a moment ago.
@@ -102,16 +114,32 @@ func (a *Agent) takeEvent(e target.Event, now time.Time) {
 	switch e.Kind {
 	case target.Lost:
 		a.log.Info("news of process starts was lost; all processes are looked at")
+		for _, y := range a.starts.young { // it may have been of them
+			if y.told = false; y.next.IsZero() {
+				a.turnAt(y, now)
+			}
+		}
 		a.Wake()
 	case target.Started:
-		a.watchOver(e.PID, young{since: now, start: at, next: now.Add(youngFirst)})
+		if old := a.starts.young[e.PID]; e.Told && old != nil && old.first.After(at.Add(-startMost)) {
+			old.start = at // news of its code came first
+			return
+		}
+		y := young{since: now, start: at, told: e.Told}
+		if host || !e.Told {
+			y.next = at.Add(youngFirst)
+		}
+		a.watchOver(e.PID, y)
+	case target.Mapped:
+		a.heardOfCode(e.PID, at, now)
 	case target.Forked:
 		// A child has the images of its parent. If that has none, nothing comes of
 		// the child before it executes a program, which is told.
 		parent, known := a.lives[e.Parent]
 		_, hosts := a.hosts[parent]
-		if y := a.starts.young[e.Parent]; hosts || y != nil || !known {
-			a.watchOver(e.PID, young{since: now, start: at, next: now})
+		y := a.starts.young[e.Parent]
+		if hosts || y != nil && !y.next.IsZero() || y == nil && !known && !e.Told {
+			a.watchOver(e.PID, young{since: now, start: at, told: e.Told, next: now})
 		}
 	case target.Exited:
 		a.heardOfEnd(e)
@@ -125,6 +153,50 @@ func (a *Agent) takeEvent(e target.Event, now time.Time) {
 	}
 }
 
+// heardOfCode has a process looked at that got code which may be an image's.
+func (a *Agent) heardOfCode(pid int, at, now time.Time) {
+	p := a.procs[a.lives[pid]]
+	y := a.starts.young[pid]
+	switch {
+	case p != nil && neverTouched(p.info):
+	case p != nil && now.Before(p.deaf):
+		if p.ignored.IsZero() {
+			p.ignored = at
+		}
+	case y == nil || y.next.IsZero():
+		next := young{since: now, told: true, first: at, next: at.Add(youngFirst)}
+		if y != nil {
+			next.start = y.start
+		}
+		if p != nil {
+			next.images = len(p.images)
+			if !p.ignored.IsZero() {
+				next.first = p.ignored
+			}
+		}
+		a.watchOver(pid, next)
+	case y.first.IsZero():
+		y.first, y.since = at, now
+	case now.Sub(y.first) < mapsFor:
+		y.since = now
+	}
+}
+
+// endWatch ends the looks at a process that is there. If it was for new code,
+// and that was no image's, news of it are not heard for a while.
+func (a *Agent) endWatch(pid int, y *young, now time.Time) {
+	delete(a.starts.young, pid)
+	p := a.procs[a.lives[pid]]
+	switch {
+	case p == nil || y.first.IsZero():
+	case len(p.images) > y.images:
+		p.unheard = 0
+	default:
+		p.deaf = now.Add(min(youngRest<<p.unheard, a.o.Config.Backend.ScanEvery))
+		p.unheard = min(p.unheard+1, 16)
+	}
+}
+
 // watchOver has a process looked at for a while.
 func (a *Agent) watchOver(pid int, y young) {
 	s := &a.starts
@@ -133,14 +205,31 @@ func (a *Agent) watchOver(pid int, y young) {
 		return
 	}
 	s.young[pid] = &y
-	if s.at.IsZero() || y.next.Before(s.at) {
-		s.at = y.next
+	if !y.next.IsZero() {
+		a.turnAt(&y, y.next)
+	}
+}
+
+// turnAt sets when it is the turn of a young process.
+func (a *Agent) turnAt(y *young, at time.Time) {
+	y.next = at
+	if s := &a.starts; s.at.IsZero() || at.Before(s.at) {
+		s.at = at
+	}
+}
+
+// growUp forgets processes that started a while ago and that there is no news of.
+func (a *Agent) growUp(now time.Time) {
+	for pid, y := range a.starts.young {
+		if y.next.IsZero() && now.Sub(y.since) > youngFor {
+			delete(a.starts.young, pid)
+		}
 	}
 }
 
 // untilGlance is how long it is until somebody's turn; false if nobody is young.
 func (a *Agent) untilGlance() (time.Duration, bool) {
-	if len(a.starts.young) == 0 {
+	if a.starts.at.IsZero() {
 		return 0, false
 	}
 	at := a.starts.at
@@ -156,7 +245,7 @@ func (a *Agent) glance(ctx context.Context) {
 	began := time.Now()
 	var pids []int
 	for pid, y := range a.starts.young {
-		if !began.Before(y.next) {
+		if !y.next.IsZero() && !began.Before(y.next) {
 			pids = append(pids, pid)
 		}
 	}
@@ -165,12 +254,12 @@ func (a *Agent) glance(ctx context.Context) {
 	a.starts.rested = began.Add(max(youngTick, (1+youngShare)*cost))
 	a.starts.at = time.Time{}
 	for pid, y := range a.starts.young {
-		if began.Sub(y.since) > slowFor {
+		switch {
+		case y.next.IsZero():
+		case began.Sub(y.since) > slowFor:
 			delete(a.starts.young, pid)
-			continue
-		}
-		if a.starts.at.IsZero() || y.next.Before(a.starts.at) {
-			a.starts.at = y.next
+		default:
+			a.turnAt(y, y.next)
 		}
 	}
 	if changed {
@@ -218,10 +307,10 @@ func (a *Agent) glanceAt(ctx context.Context, pids []int, began time.Time) (chan
 		case late[pid]:
 		case age < youngFor:
 			y.seen, y.next = began, now.Add(min(max(age/8, youngTick), youngRest))
-		case a.mayBeSlow(pid):
+		case !y.told && a.mayBeSlow(pid):
 			y.seen, y.next = began, now.Add(slowRest)
 		default:
-			delete(a.starts.young, pid)
+			a.endWatch(pid, y, now)
 		}
 	}
 	return changed

@@ -29,9 +29,10 @@ func (c *counting) List(ctx context.Context) ([]target.Info, error) {
 
 // eventRig is a device on which nothing is looked at unless an event tells of
 // it, with a release for app.dll in force and no process but one that has none.
-func eventRig(t *testing.T) (*rig, *counting) {
+func eventRig(t *testing.T, told bool) (*rig, *counting) {
 	t.Helper()
 	r := newRig(t, &sim.Scene{Format: sim.SceneFormat, Seed: 1, Processes: []sim.Process{{PID: 50}}})
+	r.m.HideCode(!told)
 	c := &counting{Machine: r.m}
 	r.backend = c
 	r.cfg.Backend.ScanEvery = longScan
@@ -46,6 +47,13 @@ func eventRig(t *testing.T) (*rig, *counting) {
 	}))
 	r.inLoop(func(*Agent) {}) // what that brought about is done
 	return r, c
+}
+
+// bothWays runs a test where new code is told of, and where it is not.
+func bothWays(t *testing.T, test func(t *testing.T, told bool)) {
+	for _, told := range []bool{true, false} {
+		t.Run(fmt.Sprintf("new code is told %v", told), func(t *testing.T) { test(t, told) })
+	}
 }
 
 // inLoop asks the loop.
@@ -92,8 +100,10 @@ func (r *rig) begin(pid int, files ...string) {
 
 // A process that starts is patched, whether its image is there at once or comes
 // later, and no list of all processes is made for it.
-func TestStartsAreFoundByTheirEvents(t *testing.T) {
-	r, c := eventRig(t)
+func TestStartsAreFoundByTheirEvents(t *testing.T) { bothWays(t, startsAreFoundByTheirEvents) }
+
+func startsAreFoundByTheirEvents(t *testing.T, told bool) {
+	r, c := eventRig(t, told)
 	before := c.lists.Load()
 	r.begin(100, "mingw/app.dll")
 	r.runs(100, "R1")
@@ -121,8 +131,10 @@ func TestStartsAreFoundByTheirEvents(t *testing.T) {
 
 // A child has its parent's images and is known at once; one of a process without
 // any is not even looked at.
-func TestForks(t *testing.T) {
-	r, c := eventRig(t)
+func TestForks(t *testing.T) { bothWays(t, forks) }
+
+func forks(t *testing.T, told bool) {
+	r, c := eventRig(t, told)
 	r.begin(100, "mingw/app.dll")
 	r.runs(100, "R1")
 	r.settled()
@@ -154,8 +166,10 @@ func TestForks(t *testing.T) {
 
 // Loss costs a pass over all processes if it is told, and nothing but time if
 // it is not.
-func TestLostEvents(t *testing.T) {
-	r, _ := eventRig(t)
+func TestLostEvents(t *testing.T) { bothWays(t, lostEvents) }
+
+func lostEvents(t *testing.T, told bool) {
+	r, _ := eventRig(t, told)
 	r.m.Deafen(true)
 	r.begin(100, "mingw/app.dll")
 	r.m.Deafen(false)
@@ -169,8 +183,10 @@ func TestLostEvents(t *testing.T) {
 
 // What has ended before it could be looked at is over; what took its pid is not
 // taken for it, and an end that is told late ends nothing.
-func TestEndsAndReuse(t *testing.T) {
-	r, c := eventRig(t)
+func TestEndsAndReuse(t *testing.T) { bothWays(t, endsAndReuse) }
+
+func endsAndReuse(t *testing.T, told bool) {
+	r, c := eventRig(t, told)
 	before := c.lists.Load()
 	for range 300 {
 		r.begin(100, "mingw/app.dll")
@@ -223,7 +239,7 @@ func TestEndsAndReuse(t *testing.T) {
 
 // However many events come, what is kept is bounded and the loop answers.
 func TestFloodOfEvents(t *testing.T) {
-	r, _ := eventRig(t)
+	r, _ := eventRig(t, false)
 	r.inLoop(func(a *Agent) {
 		now := time.Now()
 		for pid := range 3 * maxYoung {
@@ -234,7 +250,7 @@ func TestFloodOfEvents(t *testing.T) {
 		}
 	})
 	for pid := range 20 * maxTaken {
-		r.m.Tell(target.Event{Kind: target.EventKind(1 + pid%3), PID: 5000 + pid, Parent: pid})
+		r.m.Tell(target.Event{Kind: target.EventKind(1 + pid%4), PID: 5000 + pid, Parent: pid})
 	}
 	r.begin(100, "mingw/app.dll")
 	r.runs(100, "R1")
@@ -243,7 +259,7 @@ func TestFloodOfEvents(t *testing.T) {
 
 // The regular pass comes in its time, however busy the loop is with others.
 func TestRegularPassIsNotPutOff(t *testing.T) {
-	r, c := eventRig(t)
+	r, c := eventRig(t, false)
 	must(t, r.stop())
 	r.cfg.Backend.ScanEvery = 200 * time.Millisecond
 	must(t, r.start())
@@ -275,8 +291,10 @@ func TestRegularPassIsNotPutOff(t *testing.T) {
 
 // What is measured is what the daemon made of a start by itself: not what was
 // there before, and not what somebody kept waiting.
-func TestLatencyIsMeasured(t *testing.T) {
-	r, _ := eventRig(t)
+func TestLatencyIsMeasured(t *testing.T) { bothWays(t, latencyIsMeasured) }
+
+func latencyIsMeasured(t *testing.T, told bool) {
+	r, _ := eventRig(t, told)
 	counts := func(starts, late int) {
 		t.Helper()
 		must(t, r.until(func() string {

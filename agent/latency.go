@@ -27,11 +27,17 @@ type clocked struct {
 // old is what was known of its process.
 func (a *Agent) clockedFrom(old *procState, info target.Info) clocked {
 	y := a.starts.young[info.PID]
+	told := func(t time.Time) time.Time { // not before there was news of it
+		if y != nil && y.told && y.first.After(t) {
+			return y.first
+		}
+		return t
+	}
 	switch {
 	case old == nil && y != nil && !y.start.IsZero():
-		return clocked{after: y.start}
+		return clocked{after: told(y.start)}
 	case old == nil: // it was not in the last list
-		return clocked{after: a.listedAt}
+		return clocked{after: told(a.listedAt)}
 	case old.err != nil:
 		return clocked{} // the image may have been there all along
 	}
@@ -44,6 +50,7 @@ func (a *Agent) clockedFrom(old *procState, info target.Info) clocked {
 		if y.seen.After(t.after) {
 			t.after = y.seen
 		}
+		t.after = told(t.after)
 	}
 	return t
 }

@@ -18,18 +18,21 @@ import (
 
 // procState is what the loop remembers of one life.
 type procState struct {
-	info   target.Info
-	images []*imageState
-	err    error     // why its images are not known
-	again  time.Time // when to look again although nothing changed, after an error
-	used   int       // times in a row that it used up its share of a pass
-	vain   int       // times in a row that nothing came of it
-	rest   time.Time // no work on it before
-	looked time.Time // when it was last looked into, and
-	dear   time.Time // when again at the earliest, if that took long
-	slow   bool      // the last look into it took long
-	doubt  bool      // something went wrong in it: what is known of it may not be so any more
-	at     time.Time // when it was last looked into, by a clock that nobody sets
+	info    target.Info
+	images  []*imageState
+	err     error     // why its images are not known
+	again   time.Time // when to look again although nothing changed, after an error
+	used    int       // times in a row that it used up its share of a pass
+	vain    int       // times in a row that nothing came of it
+	rest    time.Time // no work on it before
+	looked  time.Time // when it was last looked into, and
+	dear    time.Time // when again at the earliest, if that took long
+	slow    bool      // the last look into it took long
+	doubt   bool      // something went wrong in it: what is known of it may not be so any more
+	at      time.Time // when it was last looked into, by a clock that nobody sets
+	deaf    time.Time // news of new code in it are not heard before
+	ignored time.Time // news of new code that was not heard since then
+	unheard int       // how often in a row such news were of no image
 }
 
 // imageState is what the loop remembers of one image in one life.
@@ -158,6 +161,7 @@ func (a *Agent) scan(ctx context.Context) bool {
 		changed = true
 	}
 	a.countUnseen()
+	a.growUp(time.Now())
 	if !a.more || !a.scannedAt.IsZero() { // the first scan is done when all was seen
 		a.scannedAt = now
 	}
@@ -255,6 +259,7 @@ func (a *Agent) look(ctx context.Context, info target.Info) error {
 	old := a.procs[info.ID]
 	if old != nil {
 		p.used, p.vain, p.rest = old.used, old.vain, old.rest
+		p.deaf, p.unheard = old.deaf, old.unheard
 	}
 	images, err := aside(ctx, a, info, "looking into", lookMost, func(ctx context.Context) ([]ImageView, error) { return a.imagesOf(ctx, info.ID) })
 	if cost := time.Since(began); cost > dearLook {

@@ -47,8 +47,9 @@ UMask=0077
 #   CAP_DAC_OVERRIDE  open /proc/PID/mem for writing: it belongs to the process's
 #                     user; read images in homes
 #   CAP_NET_ADMIN     hear of process starts (NETLINK_CONNECTOR)
+#   CAP_PERFMON       hear of executable memory that processes map (perf_event_open)
 # Not CAP_KILL: threads are stopped by ptrace, nothing is ever signalled.
-CapabilityBoundingSet=CAP_SYS_PTRACE CAP_DAC_OVERRIDE CAP_NET_ADMIN
+CapabilityBoundingSet=CAP_SYS_PTRACE CAP_DAC_OVERRIDE CAP_NET_ADMIN CAP_PERFMON
 AmbientCapabilities=
 NoNewPrivileges=yes
 

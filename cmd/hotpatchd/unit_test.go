@@ -48,7 +48,7 @@ func TestUnitKeepsWhatTracingNeeds(t *testing.T) {
 	m := settings(unitTemplate)
 	for key, words := range map[string]string{
 		"Type":                    "notify",
-		"CapabilityBoundingSet":   "CAP_SYS_PTRACE CAP_NET_ADMIN CAP_DAC_OVERRIDE",
+		"CapabilityBoundingSet":   "CAP_SYS_PTRACE CAP_NET_ADMIN CAP_DAC_OVERRIDE CAP_PERFMON",
 		"SystemCallFilter":        "@debug kcmp process_vm_readv process_vm_writev",
 		"RestrictAddressFamilies": "AF_UNIX AF_INET AF_INET6 AF_NETLINK",
 		"Restart":                 "on-failure",
