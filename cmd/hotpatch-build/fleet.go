@@ -55,11 +55,12 @@ func fleetCommand() *cobra.Command {
 document or many in each file, and *.json of each folder and below. Of each device the newest one counts.
 
 Each targeted device is counted once: not reporting, not eligible, or eligible; and of the eligible ones
-hotpatched, up to date (nothing applies), pending, incomplete, or fallen back to a restart. The inventory
+hotpatched, up to date (nothing applies), pending, incomplete, or fallen back to a restart. Where no image
+is open and files are staged for a restart, the restart is due, which is counted beside that. The inventory
 is a text file with one device id a line, and a name after it if you like; without it, who does not
 report cannot be told.
 
-Exit codes: 0 all targeted devices are well, 4 something is open or not heard of, 3 only devices that are not eligible.`,
+Exit codes: 0 all targeted devices are well, 4 something is open or not heard of, or no report was found, 3 only devices that are not eligible.`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			q := question{now: time.Now(), silent: silent, release: wanted}
@@ -91,6 +92,10 @@ Exit codes: 0 all targeted devices are well, 4 something is open or not heard of
 			if err != nil {
 				return err
 			}
+			if len(c.devices) == 0 {
+				fmt.Fprintf(cmd.ErrOrStderr(), "no report was found in %s: give the folder that your collector writes *.json to, or files of hotpatch status --json\n",
+					cell(strings.Join(args, " ")))
+			}
 			return r.verdict()
 		},
 	}
@@ -106,6 +111,8 @@ Exit codes: 0 all targeted devices are well, 4 something is open or not heard of
 // verdict is the exit code that goes with the answer; nil: all is well.
 func (r fleetReport) verdict() error {
 	switch {
+	case r.Targeted == 0: // of nobody nothing is known
+		return exitIncomplete
 	case r.NotReporting+r.Pending+r.Incomplete+r.Restart > 0:
 		return exitIncomplete
 	case r.NotEligible > 0:
@@ -263,6 +270,9 @@ func printFleet(out, errOut io.Writer, r fleetReport, inventory string, silent t
 	line("    pending", r.Pending, "")
 	line("    incomplete", r.Incomplete, "")
 	line("    restart", r.Restart, "fell back to a restart")
+	if r.RestartDue > 0 {
+		line("restart due", r.RestartDue, "no image is open on them; staged files take effect at a restart")
+	}
 	if n := len(r.NotTargeted); n > 0 {
 		line("not targeted", n, "report, and are not in the inventory: "+cell(strings.Join(r.NotTargeted, " ")))
 	}

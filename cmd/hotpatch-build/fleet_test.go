@@ -51,6 +51,13 @@ func fleetOf(t *testing.T) (dir, inventory string) {
 	told(t, dir, "lost", now, func(s *control.Status) { s.State = control.Unknown })
 	told(t, dir, "restart", now, func(s *control.Status) { s.State = control.RestartRequired })
 	told(t, dir, "staged", now, func(s *control.Status) { s.RestartRequired = true }) // a restart brings it to the disk, too
+	told(t, dir, "due", now, func(s *control.Status) {                                // all images are fixed, and a baseline waits for the restart
+		s.State, s.RestartRequired = control.RestartRequired, true
+	})
+	told(t, dir, "falls", now, func(s *control.Status) { // as before, and an image is open
+		s.State, s.RestartRequired = control.RestartRequired, true
+		s.Coverage = control.Coverage{Processes: 1, Images: 2, Patched: 1, Unpatched: 1}
+	})
 	told(t, dir, "behind", now, func(s *control.Status) { s.State = control.BaselineRequired })
 	told(t, dir, "home", now, func(s *control.Status) {
 		s.State, s.Eligible, s.Fails = control.Ineligible, false, []string{"vbs", "edition"}
@@ -62,7 +69,7 @@ func fleetOf(t *testing.T) (dir, inventory string) {
 	told(t, dir, "good", now.Add(-time.Hour), func(s *control.Status) { s.State = control.Incomplete })
 	told(t, dir, "held", now.Add(-time.Hour), nil)
 	inventory = filepath.Join(t.TempDir(), "inventory.txt")
-	text := "# the fleet\ngood the good one\nidle\nolder\nworking\nbusy\tin the office # often\nheld\n\nlost\nrestart\nstaged\nbehind\nhome\nsilent\nfuture\nnever  a desk\n"
+	text := "# the fleet\ngood the good one\nidle\nolder\nworking\nbusy\tin the office # often\nheld\n\nlost\nrestart\nstaged\ndue\nfalls\nbehind\nhome\nsilent\nfuture\nnever  a desk\n"
 	if err := os.WriteFile(inventory, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -87,7 +94,7 @@ func TestFleetTellsDevicesApart(t *testing.T) {
 		t.Errorf("exit %d, %s", code, r.Format)
 	}
 	want := map[string]class{"good": hotpatched, "older": hotpatched, "idle": upToDate, "working": pending, "busy": incomplete, "held": incomplete, "lost": incomplete,
-		"restart": fellBack, "staged": hotpatched, "behind": fellBack, "home": notEligible, "silent": notReporting, "future": notReporting, "never": notReporting}
+		"restart": fellBack, "staged": hotpatched, "due": hotpatched, "falls": fellBack, "behind": fellBack, "home": notEligible, "silent": notReporting, "future": notReporting, "never": notReporting}
 	got := map[string]deviceRow{}
 	for _, d := range r.Devices {
 		got[d.ID] = d
@@ -98,7 +105,7 @@ func TestFleetTellsDevicesApart(t *testing.T) {
 	if len(got) != len(want) {
 		t.Errorf("%d devices", len(got))
 	}
-	if r.Targeted != 14 || r.NotReporting != 3 || r.NotEligible != 1 || r.Eligible != 10 || r.Hotpatched != 3 || r.UpToDate != 1 || r.Pending != 1 || r.Incomplete != 3 || r.Restart != 2 {
+	if r.Targeted != 16 || r.NotReporting != 3 || r.NotEligible != 1 || r.Eligible != 12 || r.Hotpatched != 4 || r.UpToDate != 1 || r.Pending != 1 || r.Incomplete != 3 || r.Restart != 3 || r.RestartDue != 2 {
 		t.Errorf("%+v", r)
 	}
 	if strings.Join(r.NotTargeted, ",") != "stranger" {
@@ -117,12 +124,12 @@ func TestFleetTellsDevicesApart(t *testing.T) {
 	}
 	// By one release: another one in force is not that.
 	r, _ = fleetJSON(t, "--inventory", inventory, "--release", "R2", dir)
-	if r.Hotpatched != 2 || r.Incomplete != 4 {
+	if r.Hotpatched != 3 || r.Incomplete != 4 {
 		t.Errorf("%+v", r)
 	}
 	// Without an inventory nobody is missed.
 	r, _ = fleetJSON(t, dir)
-	if r.Targeted != 14 || r.NotReporting != 2 || r.Inventory || len(r.NotTargeted) != 0 {
+	if r.Targeted != 16 || r.NotReporting != 2 || r.Inventory || len(r.NotTargeted) != 0 {
 		t.Errorf("%+v", r)
 	}
 }
@@ -134,13 +141,13 @@ func TestFleetScreen(t *testing.T) {
 		t.Errorf("%d, %s", code, errOut.String())
 	}
 	text := out.String()
-	for _, want := range []string{"FLEET   4 of 14 targeted devices are well\n", "not for 3 days", "vbs 1", "R2", "busy ", "1 image in 1 process is busy", "never heard of", "stranger"} {
+	for _, want := range []string{"FLEET   5 of 16 targeted devices are well\n", "restart due", "not for 3 days", "vbs 1", "R2", "busy ", "1 image in 1 process is busy", "never heard of", "stranger"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("no %q in\n%s", want, text)
 		}
 	}
 	for _, row := range strings.Split(text, "\n") {
-		if f := strings.Fields(row); len(f) == 2 && f[0] == "hotpatched" && f[1] != "3" {
+		if f := strings.Fields(row); len(f) == 2 && f[0] == "hotpatched" && f[1] != "4" {
 			t.Errorf("%q", row)
 		}
 	}
@@ -170,6 +177,7 @@ func TestFleetExitCodes(t *testing.T) {
 	}
 	for want, args := range map[string][]string{
 		"1 nothing could be read":           {write("junk.json", "junk")},
+		"4 no report was found in":          {t.TempDir()},
 		"1 no such file":                    {filepath.Join(dir, "none")},
 		"1 twice.txt:2: a stands there":     {"--inventory", write("twice.txt", "a\na\n"), dir},
 		"1 empty.txt names no device":       {"--inventory", write("empty.txt", "# nothing\n"), dir},
@@ -258,7 +266,7 @@ func TestFleetCountsAddUp(t *testing.T) {
 			t.Fatalf("%d targeted", r.Targeted)
 		}
 		for _, d := range r.Devices {
-			if h := all[d.ID]; d.Class == hotpatched && (h.status.State != control.Hotpatched || !h.status.Eligible) {
+			if h := all[d.ID]; d.Class == hotpatched && (h.status.State != control.Hotpatched && !h.status.RestartRequired || !h.status.Eligible) {
 				t.Fatalf("%+v is called hotpatched", h.status)
 			}
 		}

@@ -85,6 +85,7 @@ type fleetReport struct {
 	Pending      int    `json:"pending"`
 	Incomplete   int    `json:"incomplete"`
 	Restart      int    `json:"restart"`
+	RestartDue   int    `json:"restart_due"` // of the hotpatched and up to date: files are staged for a restart
 	// Beside the targeted: devices that report and are not in the inventory.
 	NotTargeted []string    `json:"not_targeted"`
 	Releases    []counted   `json:"releases"`       // in force, by how many devices
@@ -134,6 +135,10 @@ func weigh(q question, all map[string]*heard) fleetReport {
 				checks[check]++
 			}
 		}
+		if (row.Class == hotpatched || row.Class == upToDate) && restartDue(&h.status) {
+			row.Why = "a restart is due"
+			r.RestartDue++
+		}
 		counts[row.Class]++
 		r.Devices = append(r.Devices, row)
 	}
@@ -174,21 +179,33 @@ func classOf(q question, h *heard) (class, string) {
 		return notReporting, "last heard of " + day(h.at)
 	}
 	s := &h.status
+	state := s.State
+	if state == control.RestartRequired && restartDue(s) { // files wait for it, code does not
+		state = control.UpToDate
+		if s.Coverage.Images > 0 {
+			state = control.Hotpatched
+		}
+	}
 	switch {
-	case s.State == control.RestartRequired || s.State == control.BaselineRequired:
+	case state == control.RestartRequired || s.State == control.BaselineRequired:
 		return fellBack, firstOf(h, string(s.State))
 	case !s.Eligible || s.State == control.Ineligible:
 		return notEligible, openCheck(h)
 	case s.State == control.Pending:
 		return pending, ""
-	case s.State == control.UpToDate:
+	case state == control.UpToDate:
 		return upToDate, ""
-	case s.State != control.Hotpatched:
+	case state != control.Hotpatched:
 		return incomplete, firstOf(h, string(s.State))
 	case q.release != "" && !slices.ContainsFunc(s.Releases, func(x control.ActiveRelease) bool { return x.ID == q.release }):
 		return incomplete, "hotpatched, but not by " + q.release
 	}
 	return hotpatched, ""
+}
+
+// restartDue tells whether a restart is all that a device is left to do: no image is open on it.
+func restartDue(s *control.Status) bool {
+	return s.RestartRequired && s.Coverage.Open() == 0 && s.Unseen == 0
 }
 
 // firstOf is the first thing that the device wants a person to know.
