@@ -155,6 +155,9 @@ func (a *Agent) liftHold(id string) string {
 	if a.policy != nil && a.policy.Held(id) {
 		return "the owner of the policy decides: take it out of hold in " + a.o.Config.Policy.File
 	}
+	if o, ok := a.offerOf(id); ok && o.Rollout.Halt { // install would refuse it
+		return "hotpatch release-hold " + id + " lifts the hold; its publisher has halted it, too"
+	}
 	return "hotpatch install " + id + " lifts the hold"
 }
 
@@ -178,6 +181,9 @@ func (a *Agent) toDo(in Intent) string {
 	case "not-approved":
 		return "list it under approve in " + a.o.Config.Policy.File + "; or hotpatch install " + id
 	case "not-before", "deferred", "returns", "ring", "hours", "canary":
+		if in.Offer != nil && in.Offer.Rollout.Halt { // install would refuse it
+			return "nothing: it comes by itself, since it is in force; its publisher has halted it"
+		}
 		return "nothing: it comes by itself; now: hotpatch install " + id
 	case "expired":
 		return "hotpatch check; the publisher has to sign the metadata anew, or this clock is ahead"

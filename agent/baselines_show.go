@@ -180,8 +180,15 @@ func (a *Agent) showBaselineOffer(o repository.Offer, v View, w wishes) (r reaso
 func (a *Agent) attendFiles(f filesShown, add func(code, severity, text, remedy string, since control.Time, scope control.Scope)) {
 	public := control.Scope{Public: true}
 	now := control.At(a.o.Now())
+	todo := string(control.RemedyRestartDevice)
+	switch p := a.paused(); { // until then a restart changes nothing
+	case p.Text == pausedByPolicy:
+		todo = "set pause = false in " + a.o.Config.Policy.File + ", then restart the device"
+	case p.Code != "":
+		todo = "hotpatch resume, then restart the device"
+	}
 	for _, r := range f.restart {
-		add("restart-required", control.SeverityWarning, r.text+": "+r.effect, string(control.RemedyRestartDevice), control.At(r.since), public)
+		add("restart-required", control.SeverityWarning, r.text+": "+r.effect, todo, control.At(r.since), public)
 	}
 	for _, b := range f.behind {
 		add("baseline-required", control.SeverityWarning, b.text, string(control.RemedyBaseline), control.At(a.sinceOf(sinceBehind+b.product)), public)

@@ -224,7 +224,7 @@ func (a *Agent) storeInstall(c control.Caller, o repository.Offer) (lifted bool,
 
 func (a *Agent) setInForceIfNew(o repository.Offer) {
 	if a.wishes().InForce[o.Product] != o.ID {
-		a.setInForce(o.Product, &o)
+		a.setInForce(o.Product, &o, "")
 	}
 }
 

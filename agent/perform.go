@@ -168,11 +168,11 @@ func (a *Agent) comeIntoForce(ctx context.Context, v View, w wishes, work []Inte
 		switch {
 		case o == nil || gated:
 			if out || a.outgrown(product, now) {
-				moved = a.setInForce(product, nil)
+				moved = a.setInForce(product, nil, why.Text)
 			}
 		case a.want(ctx, *o) == nil || !a.ready(o.ID) || now == o.ID || unknown[product]:
 		default:
-			moved = a.setInForce(product, o)
+			moved = a.setInForce(product, o, why.Text)
 		}
 		if moved && out && why.Code == "halted" {
 			a.noteTakenOut(now)
@@ -193,15 +193,20 @@ func (a *Agent) outgrown(product, id string) bool {
 }
 
 // setInForce notes the release of a product in force, with its sequence floor;
-// nil: none. It reports whether that is on disk.
-func (a *Agent) setInForce(product string, o *repository.Offer) bool {
+// nil: none. why is what takes the one before out, "" if nothing does. It reports
+// whether that is on disk.
+func (a *Agent) setInForce(product string, o *repository.Offer, why string) bool {
 	err := a.update(func(tx *store.Tx) error {
 		all := inForceIn(tx)
 		e := control.HistoryEntry{Product: product}
 		if o == nil {
 			e.Action, e.Release, e.Text = "out-of-force", all[product].ID, all[product].ID+" is not in force any more"
+			if why != "" {
+				e.Text += ": " + why
+			}
 			delete(all, product)
 		} else {
+			before := all[product].ID
 			all[product] = inForce{ID: o.ID, Sequence: o.Sequence, Month: o.Month, Title: o.Title, Severity: o.Severity, CVEs: o.CVEs, Since: control.At(a.o.Now())}
 			if err := tx.RaiseFloor(floorKey(*o), int64(o.Sequence)); err != nil {
 				var low *store.FloorError
@@ -210,6 +215,9 @@ func (a *Agent) setInForce(product string, o *repository.Offer) bool {
 				}
 			}
 			e.Action, e.Release, e.Text = "in-force", o.ID, fmt.Sprintf("%s, sequence %d, is in force", o.ID, o.Sequence)
+			if why != "" && before != "" {
+				e.Text += "; " + before + " is not any more: " + why
+			}
 		}
 		if err := setting(tx, settingInForce, all); err != nil {
 			return err
@@ -286,7 +294,7 @@ func (a *Agent) adopted(c patcher.Claim) {
 	w := a.wishes()
 	o, ok := a.offerOf(c.Release)
 	if _, out := w.word(c.Release, a.allOffers()); ok && !out && w.InForce[c.Product] == "" {
-		a.setInForce(c.Product, &o)
+		a.setInForce(c.Product, &o, "")
 	}
 }
 

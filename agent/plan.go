@@ -161,6 +161,9 @@ func (a *Agent) planImage(ctx context.Context, p target.Process, s *patcher.Surv
 	}
 }
 
+// byDeny begins the reason of what the policy denies; what the system denies has another.
+const byDeny = "denied by policy"
+
 // deniedByPolicy tells whether the policy denies an image, by its name or by
 // the path of its file, in a process; or whether the system's own hotpatches
 // are in the way: an entry that we redirect makes Windows refuse its hotpatch of that image.
@@ -179,7 +182,7 @@ func (a *Agent) deniedBy(p *Policy, info target.Info, name, path string) (reason
 	}
 	for _, image := range []string{name, path} {
 		if d, ok := p.Denied(programOf(info), info.User, image); ok {
-			return because("denied", "denied by policy: %s", d), true
+			return because("denied", "%s: %s", byDeny, d), true
 		}
 	}
 	return reason{}, false

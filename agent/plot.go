@@ -55,6 +55,11 @@ func (a *Agent) plotOf(v View, w wishes, intents []Intent, s *snapshot) plot {
 		}
 		p.Holds = append(p.Holds, heldBack{h, h.By == healthGuard.User, a.policy != nil && a.policy.Held(h.ID)})
 	}
+	for _, o := range a.allOffers() {
+		if o.Rollout.Halt && w.InForce[o.Product] == o.ID {
+			p.Halted = append(p.Halted, haltedHere{o.Product, o.ID, halted(o).Text, a.sinceOf("halted " + o.ID)})
+		}
+	}
 	for _, b := range s.files.behind {
 		if len(p.Behind) > 0 && p.Behind[len(p.Behind)-1].product == b.product && p.Behind[len(p.Behind)-1].baseline == b.baseline {
 			continue // one of them is enough

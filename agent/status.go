@@ -226,6 +226,9 @@ func (a *Agent) showOffers(v View, w wishes) control.Offers {
 		if c := v.Choices[o.Product]; ok && c.Want != nil && c.Want.ID != o.ID {
 			r, ok = because("superseded", "%s, sequence %d, replaces it", c.Want.ID, c.Want.Sequence), false
 		}
+		if ok && o.Rollout.Halt { // it stays in force, and people should know
+			r = halted(o)
+		}
 		_, x.Held = w.Hold(o.ID)
 		x.Fits, x.ReasonCode, x.Reason = ok, r.Code, r.Text
 		doc.Releases = append(doc.Releases, x)

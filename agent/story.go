@@ -26,6 +26,7 @@ type plot struct {
 	Refused    time.Time // since when the policy is refused
 	Good       time.Time // since when the one in force is; zero: there is none
 	Holds      []heldBack
+	Halted     []haltedHere
 	Behind     []behindSince
 	Restarts   []restart
 	Waits      []wait
@@ -50,6 +51,12 @@ type openCheck struct {
 type heldBack struct {
 	control.Hold
 	Guard, Policy bool // whose hold it is; the operator's else
+}
+
+// haltedHere is a release in force that its publisher halted.
+type haltedHere struct {
+	Product, ID, Why string
+	Since            time.Time // when it was first seen
 }
 
 // behindSince is a product whose hotpatches need a baseline that is not here.
@@ -99,6 +106,7 @@ type openImages struct {
 	Remedy            control.Remedy
 	Images, Processes int
 	Since, Again      time.Time
+	Denied            bool // by the policy's deny, every one of them
 }
 
 type repositoryPlot struct {
@@ -144,6 +152,17 @@ func (p plot) stopped() (waits string, is bool) {
 		return control.WaitsForRequirement, true
 	}
 	return "", false
+}
+
+// stopEnds says what ends what keeps everything new out.
+func (p plot) stopEnds() string {
+	switch {
+	case !p.Lost.IsZero(), p.Paused == pausedByOperator:
+		return "hotpatch resume"
+	case p.Paused != "":
+		return "the policy says pause = false"
+	}
+	return "the eligibility checks pass"
 }
 
 // words are what requirements and people say.
@@ -194,7 +213,7 @@ func (t *teller) files() {
 		case !b.offered:
 			next, at, waits = "no hotpatches until the repository has it; the next baseline is planned", calendar.Next(calendar.Baseline, t.Now), control.WaitsForPublisher
 		case stopped:
-			next, at, waits = "no hotpatches until what stops everything new has ended; then the baseline is staged", time.Time{}, stops
+			next, at, waits = "no hotpatches until "+t.stopEnds()+"; then the baseline is staged", time.Time{}, stops
 		case b.why.Code != "" && b.opens.IsZero():
 			next, waits = waitEnds(b.why.Code, b.baseline)
 		}
@@ -203,7 +222,7 @@ func (t *teller) files() {
 	for _, r := range t.Restarts {
 		next, waits := r.effect, control.WaitsForRestart
 		if stopped {
-			next, waits = r.effect+" after what stops everything new has ended", stops
+			next, waits = r.effect+" after "+t.stopEnds(), stops
 		}
 		t.tell("restart-required", r.product, r.text, r.since, next, time.Time{}, waits)
 	}
@@ -212,6 +231,9 @@ func (t *teller) files() {
 // releases are those that do not come into force now.
 func (t *teller) releases() {
 	stops, stopped := t.stopped()
+	for _, h := range t.Halted {
+		t.tell("halted", h.Product, h.ID+" is in force, and "+h.Why, h.Since, "it stays where it is; a newer one replaces it", time.Time{}, control.WaitsForPublisher)
+	}
 	for _, w := range t.Waits {
 		if slices.ContainsFunc(t.Behind, func(b behindSince) bool { return b.baseline == w.ID }) {
 			continue // it is told already
@@ -220,7 +242,7 @@ func (t *teller) releases() {
 		at := w.Opens
 		switch {
 		case timed[w.Why.Code] && stopped:
-			next, waits = "it comes at the soonest, and not before what stops everything new has ended", stops
+			next, waits = "it comes after "+t.stopEnds()+", at the soonest", stops
 		case at.IsZero():
 		case w.Why.Code == codeFetch:
 			next, waits = "it is fetched again", control.WaitsForTime
@@ -342,6 +364,9 @@ func (t *teller) images() {
 			next, waits = "nothing by itself: the baseline ends it", control.WaitsForRestart
 		case control.RemedyPolicy:
 			next, waits = "nothing by itself: stays so until somebody lets the daemon in", control.WaitsForPolicy
+			if i.Denied {
+				next = "nothing by itself: stays so until deny is changed"
+			}
 		case control.RemedyAuthor:
 			next = "nothing by itself: a release that fits ends it"
 		}
@@ -394,9 +419,10 @@ func openOf(d control.Processes, again map[control.ImageState]time.Time, since f
 			k := slices.IndexFunc(out, func(o openImages) bool { return o.State == im.State && o.Remedy == im.Remedy })
 			if k < 0 {
 				k = len(out)
-				out = append(out, openImages{State: im.State, Remedy: im.Remedy, Since: im.Since.Time, Again: again[im.State]})
+				out = append(out, openImages{State: im.State, Remedy: im.Remedy, Since: im.Since.Time, Again: again[im.State], Denied: true})
 			}
 			o := &out[k]
+			o.Denied = o.Denied && im.ReasonCode == "denied" && strings.HasPrefix(im.Reason, byDeny)
 			if o.Images++; im.Since.Before(o.Since) {
 				o.Since = im.Since.Time
 			}

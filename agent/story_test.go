@@ -93,7 +93,7 @@ func TestStory(t *testing.T) {
 		}), "baseline-required|Z1 needs the baseline B1, which …|before|it comes with hotpatch install B1||approval"},
 		"behind, and paused": {both(behindOf(behind{offered: true}), func(p *plot) { p.Paused, p.PausedAt = pausedByPolicy, before }),
 			"paused|paused by the policy|before|nothing new is applied until it says pause = false||policy\n" +
-				"baseline-required|Z1 needs the baseline B1, which …|before|no hotpatches until what stops everything new has ended; then the baseline is staged||policy"},
+				"baseline-required|Z1 needs the baseline B1, which …|before|no hotpatches until the policy says pause = false; then the baseline is staged||policy"},
 		"a restart is required": {func(p *plot) {
 			p.Restarts = []restart{{"app", "the baseline B1 is staged, 3 files", before, "it takes effect at the next restart of the device"}}
 		}, "restart-required|the baseline B1 is staged, 3 files|before|it takes effect at the next restart of the device||restart"},
@@ -101,7 +101,7 @@ func TestStory(t *testing.T) {
 			p.Restarts = []restart{{"app", "the baseline B1 is staged, 3 files", before, "it takes effect at the next restart of the device"}}
 			p.Checks = []openCheck{check("vbs", eligibility.Fail, "off", before)}
 		}, "ineligible|vbs fails: found off|before|no new fixes until it passes; it is looked at again|40m|requirement\n" +
-			"restart-required|the baseline B1 is staged, 3 files|before|it takes effect at the next restart of the device after what stops everything new has ended||requirement"},
+			"restart-required|the baseline B1 is staged, 3 files|before|it takes effect at the next restart of the device after the eligibility checks pass||requirement"},
 		"a baseline proves itself": {func(p *plot) { p.Proofs = []proof{{"app", "B1", before, later}} },
 			"baseline-proof|the old files are kept until B1 has proved itself|before|they are removed|3h|time"},
 		"a canary": {func(p *plot) { p.Trials = []onTrial{{"R2", before, later, 40}} },
@@ -126,7 +126,7 @@ func TestStory(t *testing.T) {
 			"waiting|R2 (critical) is not taken yet: the policy defers it|before|it comes by itself|3h|time"},
 		"deferred, and paused": {both(waits("deferred", "…", later), func(p *plot) { p.Paused, p.PausedAt = pausedByOperator, before }),
 			"paused|paused by the operator|before|nothing new is applied until hotpatch resume||operator\n" +
-				"waiting|R2 (critical) is not taken yet: the policy defers it|before|it comes at the soonest, and not before what stops everything new has ended|3h|operator"},
+				"waiting|R2 (critical) is not taken yet: the policy defers it|before|it comes after hotpatch resume, at the soonest|3h|operator"},
 		"not before": {waits("not-before", "its publisher releases it on …", later),
 			"waiting|R2 (critical) is not taken yet: its publisher has set its day|before|it comes by itself|3h|time"},
 		"returns": {waits("returns", "…", later),
@@ -147,10 +147,14 @@ func TestStory(t *testing.T) {
 		"loading":       {func(p *plot) { p.Loading = []string{"R2"} }, "loading|R2 is being fetched and verified||it is applied as soon as it is||time"},
 		"busy":          {images(control.Busy, control.RemedyWait, later), "busy|2 images in 1 process are busy|before|tried again|3h|process"},
 		"denied":        {images(control.Blocked, control.RemedyPolicy, time.Time{}), "blocked|2 images in 1 process are blocked|before|nothing by itself: stays so until somebody lets the daemon in||policy"},
-		"older file":    {images(control.Blocked, control.RemedyRestartProcess, time.Time{}), "blocked|2 images in 1 process are blocked|before|nothing by itself: a restart of the process ends it||end"},
-		"failed":        {images(control.Failed, control.RemedyRestartDevice, time.Time{}), "failed|2 images in 1 process are failed|before|nothing by itself: a restart of the device ends it||restart"},
-		"drifted":       {images(control.Drifted, control.RemedyAuthor, time.Time{}), "drifted|2 images in 1 process are drifted|before|nothing by itself: a release that fits ends it||publisher"},
-		"needs files":   {images(control.Blocked, control.RemedyBaseline, time.Time{}), "blocked|2 images in 1 process are blocked|before|nothing by itself: the baseline ends it||restart"},
+		"denied by the policy": {both(images(control.Blocked, control.RemedyPolicy, time.Time{}), func(p *plot) { p.Images[0].Denied = true }),
+			"blocked|2 images in 1 process are blocked|before|nothing by itself: stays so until deny is changed||policy"},
+		"halted, and in force": {func(p *plot) { p.Halted = []haltedHere{{"app", "R2", "its publisher halted it: slow", before}} },
+			"halted|R2 is in force, and its publisher halted it: slow|before|it stays where it is; a newer one replaces it||publisher"},
+		"older file":  {images(control.Blocked, control.RemedyRestartProcess, time.Time{}), "blocked|2 images in 1 process are blocked|before|nothing by itself: a restart of the process ends it||end"},
+		"failed":      {images(control.Failed, control.RemedyRestartDevice, time.Time{}), "failed|2 images in 1 process are failed|before|nothing by itself: a restart of the device ends it||restart"},
+		"drifted":     {images(control.Drifted, control.RemedyAuthor, time.Time{}), "drifted|2 images in 1 process are drifted|before|nothing by itself: a release that fits ends it||publisher"},
+		"needs files": {images(control.Blocked, control.RemedyBaseline, time.Time{}), "blocked|2 images in 1 process are blocked|before|nothing by itself: the baseline ends it||restart"},
 		"offline": {trouble(repository.CodeOffline, true, later),
 			"repository|it is away|before|from 2026-11-22T15:00:00Z on this is called wrong; it is asked again|4m|network"},
 		"offline for too long": {trouble(repository.CodeOffline, true, before), "repository|it is away|before|it is asked again|4m|network"},
@@ -200,7 +204,7 @@ func TestStory(t *testing.T) {
 // grouped by what ends it, and stands since the first of it.
 func TestOpenImages(t *testing.T) {
 	im := func(state control.ImageState, code string, remedy control.Remedy, ago time.Duration) control.Image {
-		return control.Image{State: state, ReasonCode: code, Remedy: remedy, Since: control.At(noon.Add(-ago))}
+		return control.Image{State: state, ReasonCode: code, Reason: byDeny + ": x", Remedy: remedy, Since: control.At(noon.Add(-ago))}
 	}
 	d := control.Processes{Processes: []control.Process{
 		{Images: []control.Image{im(control.Blocked, "denied", control.RemedyPolicy, time.Hour), im(control.Blocked, "denied", control.RemedyPolicy, 2*time.Hour),
@@ -217,9 +221,9 @@ func TestOpenImages(t *testing.T) {
 		return time.Time{}
 	})
 	want := []openImages{
-		{control.Busy, control.RemedyWait, 1, 1, noon.Add(-time.Minute), soon},
-		{control.Blocked, control.RemedyPolicy, 3, 2, old, time.Time{}},
-		{control.Blocked, control.RemedyRestartProcess, 1, 1, old, time.Time{}},
+		{control.Busy, control.RemedyWait, 1, 1, noon.Add(-time.Minute), soon, false},
+		{control.Blocked, control.RemedyPolicy, 3, 2, old, time.Time{}, true},
+		{control.Blocked, control.RemedyRestartProcess, 1, 1, old, time.Time{}, false},
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("got  %+v\nwant %+v", got, want)

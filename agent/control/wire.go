@@ -374,7 +374,7 @@ type Attention struct {
 type Chapter struct {
 	// Code is that of the Attention that tells of the same: state-damaged, policy,
 	// held, guard, baseline-required, restart-required, waiting, expired, repository,
-	// no-repository, or the state of images; or one of its own: ineligible, paused,
+	// no-repository, or the state of images; or one of its own: ineligible, paused, halted,
 	// hours, loading, canary, guard-window, baseline-proof, scan, poll.
 	Code  string `json:"code"`
 	What  string `json:"what"`

@@ -62,7 +62,7 @@ time of publication. KEYS needs targets.pem, snapshot.pem and timestamp.pem.
 			case said("reason") && !halt:
 				return usage("--reason needs --halt")
 			case halt && strings.TrimSpace(reason) == "":
-				return usage("--halt needs --reason TEXT: every device shows it")
+				return usage("--halt needs --reason TEXT: hotpatch list shows it on every device")
 			}
 			k, err := repository.LoadKeys(keys)
 			if err != nil {
@@ -82,7 +82,7 @@ time of publication. KEYS needs targets.pem, snapshot.pem and timestamp.pem.
 	cmd.Flags().Var(&notBefore, "not-before", "time before which no device takes it, "+momentForms)
 	cmd.Flags().BoolVar(&halt, "halt", false, "no device takes it any more")
 	cmd.Flags().BoolVar(&undo, "undo", false, "with --halt: taken out where it is")
-	cmd.Flags().StringVar(&reason, "reason", "", "why it is halted, shown on every device")
+	cmd.Flags().StringVar(&reason, "reason", "", "why it is halted; hotpatch list shows it on every device, hotpatch status where it is in force or missed")
 	repoFlags(cmd, &repo, &keys, &expires, &asJSON)
 	return cmd
 }

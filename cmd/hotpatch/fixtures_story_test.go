@@ -69,6 +69,12 @@ func storyScreens(s *screen) map[string]string {
 			Remedy: "mend /etc/hotpatchd/policy.toml:5:1: x: no such key (hotpatchd check-config shows the place)"}}
 	}, control.Chapter{Code: "policy", What: "the policy is refused", Since: ago(2 * time.Hour), Next: "the last good one, in force since 2026-10-13T12:00:00Z, stays; the file is read again when it changes",
 		WaitsFor: control.WaitsForPolicy}, polled())
+	add("hours", func(st *control.Status) {
+		st.State = control.Pending
+		st.Coverage = coverage(map[control.ImageState]int{control.Patched: 39, control.PendingImage: 2}, 38)
+	}, control.Chapter{Code: "hours", What: "2 images wait for the policy's hours", Since: ago(3 * time.Hour), Next: "work begins", At: in(21 * time.Hour), WaitsFor: control.WaitsForTime}, polled())
+	add("halted", func(*control.Status) {}, control.Chapter{Code: "halted", Product: "acme-server", What: "ACME-2026-11 is in force, and its publisher halted it: crashes in Kyoto",
+		Since: ago(2 * time.Hour), Next: "it stays where it is; a newer one replaces it", WaitsFor: control.WaitsForPublisher}, polled())
 	var many []control.Chapter
 	for i := range 11 {
 		many = append(many, control.Chapter{Code: "waiting", Product: fmt.Sprint(i), What: fmt.Sprintf("R%d\x1b is not taken yet: by hand", i), Next: "it comes with hotpatch install R", WaitsFor: control.WaitsForApproval, Since: ago(time.Duration(i) * days)})

@@ -12,7 +12,7 @@ func (s *screen) offers(d *control.Offers) string {
 	p := &page{}
 	if len(d.Releases) == 0 {
 		p.line("The repository offers no release, or none could be verified yet.")
-		p.line("Ask it now: hotpatch check")
+		p.line("Ask it now: hotpatch check. Without a repository: hotpatch install FILE")
 		return p.String()
 	}
 	fit, next, held := 0, "", ""
@@ -36,19 +36,19 @@ func (s *screen) offers(d *control.Offers) string {
 		if o.Fits || waitWords[o.ReasonCode] != "" {
 			fit++
 		}
-		if o.Fits && !o.InForce && !o.Held && next == "" {
+		if o.Fits && !o.InForce && !o.Held && o.ReasonCode != "staged" && next == "" {
 			next = o.ID
 		}
 		if (o.ReasonCode == "manual" || o.ReasonCode == "not-approved") && next == "" {
 			next = o.ID // the operator's word is all that it waits for
 		}
-		if o.Held && held == "" {
+		if o.Held && !o.Halted && held == "" { // install refuses what is halted
 			held = o.ID
 		}
 		if why == "" {
 			why = o.ReasonCode
 		}
-		if o.InForce || why == "" {
+		if o.InForce && !o.Halted || why == "" {
 			why = o.Title
 		}
 		rows = append(rows, []string{word, o.ID, o.Product, fmt.Sprint(o.Sequence), o.Month, o.Severity, s.localAt(why, d.Generated)})
@@ -157,7 +157,7 @@ func (s *screen) history(d *control.History) string {
 		}
 		rows = append(rows, []string{s.date(e.Time, d.Generated), e.Caller.User, e.Action, e.Release, what})
 	}
-	p.table(s, []column{{"WHEN", 18, 0}, {"WHO", 14, 8}, {"ACTION", 14, 8}, {"RELEASE", 24, 14}, {title: "WHAT"}}, rows, nil)
+	p.table(s, []column{{"WHEN", 18, 0}, {"WHO", 14, 8}, {"ACTION", 20, 8}, {"RELEASE", 24, 14}, {title: "WHAT"}}, rows, nil)
 	return p.String()
 }
 

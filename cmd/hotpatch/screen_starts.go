@@ -11,18 +11,18 @@ import (
 // of theirs may have been in memory before.
 func starts(l control.Latency) string {
 	every := (time.Duration(l.ScanEveryMS) * time.Millisecond).String()
+	found := "found by a look every " + every
 	text := ""
 	switch {
 	case l.Watch == "": // an older daemon
 		return ""
 	case l.Watch == control.WatchScan:
-		text = "found by a look at all processes every " + every + ", since the system does not tell: " + l.Why
 		if l.Count == 0 {
-			return text
+			return found + "; status --json says why"
 		}
-		text += "; "
+		text = found + "; "
 	case l.Count == 0:
-		text = "noticed at once; nothing measured yet: since the daemon started, no program started that had to be patched"
+		text = "noticed at once; no new program had to be patched yet"
 	}
 	if l.Count > 0 {
 		text += fmt.Sprintf("half of the new programs were patched within %s of loading an image, 99 of 100 within %s (%d measured)", millis(l.P50MS), millis(l.P99MS), l.Count)

@@ -137,7 +137,7 @@ func (s *screen) sentence(st *control.Status) (colour, text string) {
 		}
 		return bad, fmt.Sprintf("%d of %s still %s vulnerable code.%s", open, many(c.Images, "image"), verb(open, "runs", "run"), restart)
 	case control.Pending:
-		return fair, fmt.Sprintf("%d of %s %s still to be patched; work is under way.%s", c.Pending, many(c.Images, "image"), verb(c.Pending, "is", "are"), restart)
+		return fair, fmt.Sprintf("%d of %s %s still to be patched; %s.%s", c.Pending, many(c.Images, "image"), verb(c.Pending, "is", "are"), s.work(st), restart)
 	case control.Hotpatched:
 		text := fmt.Sprintf("%d of %s in %s %s fixed code.", well, many(c.Images, "image"), processes(c.Processes), verb(well, "runs", "run"))
 		if c.OtherBuild > 0 {
@@ -155,6 +155,14 @@ func (s *screen) sentence(st *control.Status) (colour, text string) {
 		return good, text
 	}
 	return "", "This daemon knows a state that this command does not know; it may be older."
+}
+
+// work is what is done about what is pending: it waits where the policy's hours have not begun.
+func (s *screen) work(st *control.Status) string {
+	if c := chapter(st, "hours"); c != nil && !c.At.IsZero() && c.At.After(st.Generated.Time) {
+		return fmt.Sprintf("work waits for the policy's hours, until %s (%s)", s.date(c.At, st.Generated), ahead(c.At, st.Generated))
+	}
+	return "work is under way"
 }
 
 // heldSentence names the releases that a hold alone keeps out, and what is open because of it.

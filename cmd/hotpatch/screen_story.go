@@ -3,6 +3,7 @@ package main
 import (
 	"slices"
 	"strings"
+	"time"
 
 	"hotpatchd/agent/control"
 )
@@ -20,7 +21,8 @@ func (s *screen) story(p *page, st *control.Status) {
 	all := slices.DeleteFunc(slices.Clone(st.Story), func(c control.Chapter) bool { return slices.Contains(toldElsewhere, c.Code) })
 	for i, c := range all[:min(len(all), maxChapters)] {
 		text := c.What
-		if !c.Since.IsZero() {
+		// What may hold the same time already, as of who held it.
+		if !c.Since.IsZero() && !strings.Contains(s.localAt(text, st.Generated), "since "+s.date(c.Since, st.Generated)) {
 			text += ", since " + s.date(c.Since, st.Generated) + agoIn(c.Since, st.Generated)
 		}
 		// Several that end alike say so once.
@@ -83,7 +85,11 @@ func filesTold(st *control.Status, f control.StagedFiles) bool {
 
 // ahead is how long it is until a time.
 func ahead(t, now control.Time) string {
-	if d := t.Sub(now.Time); d >= 1e9 {
+	d := t.Sub(now.Time)
+	if d >= 48*time.Hour { // told in days: the nearest
+		d = d.Round(24 * time.Hour)
+	}
+	if d >= time.Second {
 		return "in " + control.Span(d)
 	}
 	return "now"

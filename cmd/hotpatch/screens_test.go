@@ -135,6 +135,11 @@ func screens() map[string]string {
 	onlyHeld := offersDoc()
 	onlyHeld.Releases = onlyHeld.Releases[3:]
 	all["list-held"] = s.offers(onlyHeld)
+	halted := &control.Offers{Eligible: true, Releases: []control.Offer{
+		{ID: "ACME-2026-11", Product: "acme-server", Kind: "hotpatch", Sequence: 2, Month: "2026-11", Severity: "critical", Title: "heap overflow", Fits: true, InForce: true,
+			Halted: true, ReasonCode: "halted", Reason: "its publisher halted it: crashes in Kyoto"},
+		{ID: "ACME-B1", Product: "acme-server", Kind: "baseline", Month: "2026-10", Fits: true, ReasonCode: "staged", Reason: "it takes effect at the next restart"}}}
+	all["list-halted"] = s.offers(halted)
 	all["list-empty"] = s.offers(&control.Offers{})
 
 	all["processes"] = s.processes(manyProcesses(), control.ProcessQuery{}, false)
