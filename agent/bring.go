@@ -16,33 +16,33 @@ import (
 // takeFile verifies what came as a file and returns the ids to install, the
 // most urgent first: of a release that trusted metadata names, or that comes
 // with the metadata that lay beside it, its own; of an export, for each product
-// the highest that it holds and that may be installed here. Metadata that came
-// along is taken over as that of a check is, floors and all.
-func (a *Agent) takeFile(ctx context.Context, c control.Caller, r control.InstallRequest) ([]string, error) {
+// the highest that it holds and that may be installed here; said is what else
+// came of it where that is none. Metadata that came along is taken over as that
+// of a check is, floors and all.
+func (a *Agent) takeFile(ctx context.Context, c control.Caller, r control.InstallRequest) (ids []string, said string, err error) {
 	if a.client == nil {
-		return nil, &control.Error{Code: control.CodeConflict, Text: "the file is refused: there is no root of trust to verify it by",
+		return nil, "", &control.Error{Code: control.CodeConflict, Text: "the file is refused: there is no root of trust to verify it by",
 			Hint: "put the publisher's root.json at " + a.o.Config.Repository.Root + " and restart the daemon"}
 	}
 	export := repository.IsExport(r.File)
 	if !export {
 		if _, err := release.Open(r.File); err != nil {
-			return nil, refusedFile(err)
+			return nil, "", refusedFile(err)
 		}
 		o, err := a.client.VerifyFile(r.File)
 		if err == nil {
 			if err := a.keepLocal(r.File); err != nil {
-				return nil, control.Errorf(control.CodeInternal, "the release cannot be stored: %v", err)
+				return nil, "", control.Errorf(control.CodeInternal, "the release cannot be stored: %v", err)
 			}
-			return []string{o.ID}, a.call(ctx, func() { a.verified = true })
+			return []string{o.ID}, "", a.call(ctx, func() { a.verified = true })
 		}
 		if len(r.Metadata) == 0 {
-			return nil, refusedFile(err)
+			return nil, "", refusedFile(err)
 		}
 	}
 	a.checkMu.Lock()
 	var cat *repository.Catalog
 	var held []repository.Offer
-	var err error
 	if export {
 		cat, held, err = a.client.Import(r.File)
 	} else {
@@ -50,7 +50,6 @@ func (a *Agent) takeFile(ctx context.Context, c control.Caller, r control.Instal
 	}
 	floors := a.client.Floors()
 	a.checkMu.Unlock()
-	var ids []string
 	var serr error
 	cerr := a.call(ctx, func() {
 		if err != nil { // what verified before it was refused counts all the same
@@ -66,20 +65,54 @@ func (a *Agent) takeFile(ctx context.Context, c control.Caller, r control.Instal
 			_, err := tx.Append(stamped(control.HistoryEntry{Action: "import", Text: "metadata and releases came as a file: " + idsOf(held)}, c, a))
 			return err
 		})
+		var stops []string
+		if export {
+			held, stops = a.unhalted(held)
+		}
 		ids = a.best(held)
+		if len(ids) == 0 && len(stops) > 0 {
+			said = "the export was taken over; there is nothing to install: " + strings.Join(stops, "; ")
+		}
 	})
 	switch {
 	case cerr != nil:
-		return nil, cerr
+		return nil, "", cerr
 	case err != nil:
-		return nil, refusedFile(err)
+		return nil, "", refusedFile(err)
 	case serr != nil:
-		return nil, control.Errorf(control.CodeInternal, "what the file says cannot be kept: %v", serr)
+		return nil, "", control.Errorf(control.CodeInternal, "what the file says cannot be kept: %v", serr)
+	case len(ids) == 0 && said != "":
+		return nil, said, nil
 	case len(ids) == 0:
-		return nil, &control.Error{Code: control.CodeNotFound, Text: "the export was taken over, but it holds no release for this device: " + idsOf(held),
+		return nil, "", &control.Error{Code: control.CodeNotFound, Text: "the export was taken over, but it holds no release for this device: " + idsOf(held),
 			Hint: "hotpatch list shows why not"}
 	}
-	return ids, nil
+	return ids, "", nil
+}
+
+// unhalted leaves out of an export what its publisher halted, and of the same
+// products what is older than one in force: back to that leads the halt itself, if
+// it says undo. stops says which halts.
+func (a *Agent) unhalted(held []repository.Offer) (rest []repository.Offer, stops []string) {
+	in := a.wishes().InForce
+	kept := map[string]repository.Offer{}
+	for _, o := range held {
+		if !o.Rollout.Halt {
+			continue
+		}
+		stops = append(stops, o.ID+": "+halted(o).Text)
+		if in[o.Product] == o.ID {
+			kept[o.Product] = o
+		}
+	}
+	for _, o := range held {
+		k, ok := kept[o.Product]
+		older := ok && o.Baseline == k.Baseline && o.Kind == k.Kind && o.Sequence < k.Sequence
+		if !o.Rollout.Halt && !older {
+			rest = append(rest, o)
+		}
+	}
+	return rest, stops
 }
 
 // best are the highest releases by product that may be installed, the most

@@ -144,6 +144,27 @@ func TestExportRespectsHolds(t *testing.T) {
 	}
 }
 
+// An export whose only news is a halt is taken over, and that is all there is to do.
+func TestExportOfHalt(t *testing.T) {
+	r := islandRig(t)
+	r.release(t, "R2", "app", 2, "mingw/app-ref-2.dll")
+	if ch, err := r.bring(r.export(t)); err != nil || ch.Release != "R2" {
+		t.Fatalf("%+v %v", ch, err)
+	}
+	halt, why := true, "crashes in Kyoto"
+	for _, undo := range []bool{false, true} {
+		_, err := repository.SetRollout(r.path("repo"), r.keys, "R2", repository.RolloutChange{Halt: &halt, Undo: &undo, Reason: &why}, repository.PublishOptions{Now: r.now()})
+		must(t, err)
+		for _, export := range [][]byte{r.export(t), r.export(t, "R2")} {
+			ch, err := r.bring(export)
+			if err != nil || ch.Changed || !strings.Contains(ch.Text, "there is nothing to install: R2: its publisher halted it: crashes in Kyoto") {
+				t.Fatalf("undo %v: %+v %v", undo, ch, err)
+			}
+			r.patched(t, 1, map[bool]string{false: "R2", true: "R1"}[undo])
+		}
+	}
+}
+
 // A stranger's export, and one that says of itself to be newer, are nobody's word.
 func TestExportOfStranger(t *testing.T) {
 	r := islandRig(t)

@@ -80,9 +80,16 @@ func (a *Agent) Install(ctx context.Context, c control.Caller, r control.Install
 	if r.File == nil {
 		return a.install(ctx, c, r.ID, "signature, hash and freshness verified to the root of trust", progress)
 	}
-	ids, err := a.takeFile(ctx, c, r)
+	ids, said, err := a.takeFile(ctx, c, r)
 	if err != nil {
 		return nil, err
+	}
+	if len(ids) == 0 {
+		ch := &control.Change{Action: "install", Text: said, Results: []control.Process{}, Reopened: []string{}}
+		return ch, a.call(ctx, func() {
+			a.pass(a.runCtx(), "", progress) // a halt may take out
+			ch.State = a.shown.Load().status.State
+		})
 	}
 	var sum *control.Change
 	for _, id := range ids {

@@ -63,7 +63,7 @@ func SetRollout(dir string, keys Keys, id string, c RolloutChange, opts PublishO
 	res.Changes = append(res.Changes, differences(res.Before, res.After)...)
 	if len(res.Changes) == 0 {
 		res.Result = p.report()
-		res.Warnings = slices.Concat(res.Result.Warnings, cautions(res.Before, res.After, c, p.opts.Now))
+		res.Warnings = append(append([]string{}, res.Result.Warnings...), cautions(res.Before, res.After, c, p.opts.Now)...)
 		return res, nil
 	}
 	word.Rollout = res.After
@@ -79,7 +79,7 @@ func SetRollout(dir string, keys Keys, id string, c RolloutChange, opts PublishO
 	if res.Result, err = p.finish(true); err != nil {
 		return RolloutResult{}, err
 	}
-	res.Warnings = slices.Concat(res.Result.Warnings, cautions(res.Before, res.After, c, p.opts.Now))
+	res.Warnings = append(append([]string{}, res.Result.Warnings...), cautions(res.Before, res.After, c, p.opts.Now)...)
 	return res, nil
 }
 

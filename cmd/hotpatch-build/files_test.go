@@ -42,7 +42,7 @@ file = "new.dll"
 `
 	out := filepath.Join(dir, "b.hotpatch")
 	code, text, errs := command("release", "--manifest", put("release.toml", good), "-o", out)
-	if code != 0 || !strings.Contains(errs, "/opt/acme/extra.dll replaces nothing") {
+	if code != 0 || !strings.Contains(text, "ACME-B1, month 2026-11, 2 files, ") || !strings.Contains(errs, "/opt/acme/extra.dll replaces nothing") {
 		t.Fatalf("exit %d\n%s%s", code, text, errs)
 	}
 	text = must(t, "inspect", out)

@@ -69,7 +69,7 @@ cves are like CVE-2026-0001. The same input gives the same bytes, always.`,
 			for _, w := range warned {
 				fmt.Fprintf(cmd.ErrOrStderr(), "warning: %s\n", w)
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "wrote %s: %s, sequence %d, %s, %d bytes\n", output, m.ID, m.Sequence, plural(len(m.Images)+len(m.Files), "image", "images"), len(b))
+			fmt.Fprintf(cmd.OutOrStdout(), "wrote %s: %s, %s, %d bytes\n", output, m.ID, contents(m), len(b))
 			return nil
 		},
 	}
@@ -78,6 +78,24 @@ cves are like CVE-2026-0001. The same input gives the same bytes, always.`,
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print one JSON document")
 	cmd.MarkFlagRequired("manifest")
 	return cmd
+}
+
+// contents is what a release brings: a baseline has a month, or a sequence, and files.
+func contents(m *release.Manifest) string {
+	var words []string
+	if m.Sequence > 0 {
+		words = append(words, fmt.Sprintf("sequence %d", m.Sequence))
+	}
+	if m.Month != "" {
+		words = append(words, "month "+m.Month)
+	}
+	if len(m.Images) > 0 {
+		words = append(words, plural(len(m.Images), "image", "images"))
+	}
+	if len(m.Files) > 0 {
+		words = append(words, plural(len(m.Files), "file", "files"))
+	}
+	return strings.Join(words, ", ")
 }
 
 // checkRelease refuses what devices would not take, or people not understand.

@@ -101,7 +101,11 @@ func printRollout(cmd *cobra.Command, res repository.RolloutResult, asJSON bool)
 	for _, c := range res.Changes {
 		fmt.Fprintf(out, "%s: %s\n", res.ID, c)
 	}
-	fmt.Fprintf(out, "%s is now %s\n", res.ID, rolloutWords(&res.After))
+	now := res.After
+	if res.Before.Reason != now.Reason { // said with the change
+		now.Reason = ""
+	}
+	fmt.Fprintf(out, "%s is now %s\n", res.ID, rolloutWords(&now))
 	for _, w := range res.Warnings {
 		fmt.Fprintf(cmd.ErrOrStderr(), "warning: %s\n", w)
 	}
@@ -122,9 +126,9 @@ func rolloutWords(r *repository.Rollout) string {
 	}
 	switch {
 	case r.Halt && r.Undo:
-		words = append(words, "HALTED and undone: "+oneLine(r.Reason))
+		words = append(words, strings.TrimSuffix("HALTED and undone: "+oneLine(r.Reason), ": "))
 	case r.Halt:
-		words = append(words, "HALTED: "+oneLine(r.Reason))
+		words = append(words, strings.TrimSuffix("HALTED: "+oneLine(r.Reason), ": "))
 	}
 	return strings.Join(words, ", ")
 }

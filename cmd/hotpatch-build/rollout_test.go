@@ -79,6 +79,9 @@ func TestRolloutCommand(t *testing.T) {
 		repository.RolloutResult
 	}
 	text := must(t, append([]string{"rollout", "DEMO-1", "--percent", "7", "--not-before", "none", "--json"}, signing...)...)
+	if again := must(t, append([]string{"rollout", "DEMO-1", "--percent", "7", "--json"}, signing...)...); strings.Contains(again, `"warnings": null`) {
+		t.Errorf("no warnings are an empty list: %s", again)
+	}
 	documentOf(t, text)
 	if err := json.Unmarshal([]byte(text), &doc); err != nil || doc.Format != "hotpatch-rollout/1" || doc.ID != "DEMO-1" || !doc.Changed || doc.After.Percent != 7 ||
 		doc.Before.Percent != 100 || len(doc.Changes) != 2 || len(doc.Warnings) != 1 {

@@ -16,6 +16,7 @@ import (
 
 	"hotpatchd/agent"
 	"hotpatchd/agent/repository"
+	"hotpatchd/eligibility"
 	"hotpatchd/eligibility/probe"
 	"hotpatchd/patcher/target"
 )
@@ -136,10 +137,25 @@ func (c *checker) policy(cfg *agent.Config) {
 		m := management()
 		if _, err := os.Stat(cfg.Policy.File); m != nil && errors.Is(err, fs.ErrNotExist) {
 			c.ok("policy", "%s; there is no %s", m.Source(), cfg.Policy.File)
-			return
+		} else {
+			c.owned("policy", cfg.Policy.File)
 		}
-		c.owned("policy", cfg.Policy.File)
+		c.allowed("enrolled", eligibility.Managed, p.Enrolled, p.Waive)
+		c.allowed("allow_hotpatch", eligibility.Permission, p.AllowHotpatch, p.Waive)
 	}
+}
+
+// allowed notes that a sound policy does not let anything be applied. On Windows
+// device management may say what the policy leaves open.
+func (c *checker) allowed(key string, check eligibility.ID, word *bool, waived []string) {
+	if slices.Contains(waived, string(check)) || word != nil && *word || word == nil && runtime.GOOS == "windows" {
+		return
+	}
+	found := "is not set"
+	if word != nil {
+		found = "is false"
+	}
+	c.note("policy", "%s %s: the device gets no new fixes, until it says %s = true", key, found, key)
 }
 
 func (c *checker) repository(cfg *agent.Config) {

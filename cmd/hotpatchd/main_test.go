@@ -104,7 +104,7 @@ func TestCheckConfig(t *testing.T) {
 	}{
 		{"no repository", strings.Replace(sim, "URL", "", 1), nil, 0, []string{
 			"WELL    FOLDER/config.toml can be used.\n",
-			"ok      policy      FOLDER/policy.toml\n",
+			"ok      policy      FOLDER/policy.toml\nnote    policy      allow_hotpatch is not set: the device gets no new fixes, until it says allow_hotpatch = true\n",
 			"note    repository  none; and no FOLDER/root.json, so that no release can be verified at all\n",
 			"ok      state       FOLDER/state does not exist yet, and can be made\n",
 			"ok      control     FOLDER/c.sock; " + owners(runtime.GOOS) + " only may change things\n",
