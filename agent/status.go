@@ -214,6 +214,9 @@ func (a *Agent) showOffers(v View, w wishes) control.Offers {
 			Title: o.Title, Severity: o.Severity, CVEs: nonNil(o.CVEs), Published: control.At(o.Published), Halted: o.Rollout.Halt, InForce: w.InForce[o.Product] == o.ID}
 		if o.Kind == release.KindBaseline {
 			r, inForce, ok := a.showBaselineOffer(o, v, w)
+			if inForce && o.Rollout.Halt {
+				r = halted(o)
+			}
 			x.Fits, x.ReasonCode, x.Reason, x.InForce = ok, r.Code, r.Text, inForce
 			_, x.Held = w.Hold(o.ID)
 			doc.Releases = append(doc.Releases, x)
