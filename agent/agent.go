@@ -103,6 +103,9 @@ type Agent struct {
 	procs          map[target.ID]*procState
 	hosts          map[target.ID]*procState // those with images, and those that could not be looked into
 	lives          map[int]target.ID        // of procs, by pid
+	departed       map[int]*departed        // by pid
+	observed       map[caseKey]bool         // owner and release: the guard has spoken of it
+	letOut         map[string]bool          // releases that came out of their trial
 	starts         starts
 	latency        latency
 	scannedAt      time.Time
@@ -170,7 +173,7 @@ func New(o Options) (*Agent, error) {
 		o: o, log: o.Log, store: st,
 		wake: make(chan struct{}, 1), calls: make(chan func()), done: make(chan struct{}),
 		local: map[string]repository.Offer{}, releases: map[string]*loaded{}, loading: map[string]bool{}, retryLoad: map[string]time.Time{},
-		procs: map[target.ID]*procState{}, hosts: map[target.ID]*procState{}, lives: map[int]target.ID{}, starts: starts{young: map[int]*young{}}, rows: map[rowKey]row{}, checked: map[string]time.Time{}, records: map[string]patcher.Record{}, dirty: true,
+		procs: map[target.ID]*procState{}, hosts: map[target.ID]*procState{}, lives: map[int]target.ID{}, departed: map[int]*departed{}, observed: map[caseKey]bool{}, starts: starts{young: map[int]*young{}}, rows: map[rowKey]row{}, checked: map[string]time.Time{}, records: map[string]patcher.Record{}, dirty: true,
 		vigil: newVigil(), left: map[target.ID]*job{}, patience: stepMost, share: turnMost, heart: newHeart(o.Config.Backend.ScanEvery),
 	}
 	if damage != nil {
@@ -222,6 +225,7 @@ func (a *Agent) readState() error {
 			}
 			a.records[key] = r
 		}
+		a.letOut = readLetOut(tx)
 		a.trials, a.vigil.without, a.harms = readTrials(tx), readPrograms(tx), readHarms(tx)
 		a.requirements, a.sinces = readChecks(tx), newSinces(readTimes(tx))
 		b, ok := tx.Get(settingLocal)
@@ -463,6 +467,11 @@ func (a *Agent) readPolicy() (*Policy, []control.Setting, error) {
 
 // notice keeps something a person should know; detail goes to the log only.
 func (a *Agent) notice(code, severity, text, detail string) {
+	a.noticeTo(control.Scope{Public: true}, code, severity, text, detail)
+}
+
+// noticeTo is notice for some only.
+func (a *Agent) noticeTo(scope control.Scope, code, severity, text, detail string) {
 	a.log.Warn(text, zap.String("code", code), zap.String("detail", detail))
 	for i := range a.notices {
 		if a.notices[i].Code == code && a.notices[i].Text == text {
@@ -472,6 +481,6 @@ func (a *Agent) notice(code, severity, text, detail string) {
 	if len(a.notices) == maxNotices {
 		a.notices = a.notices[1:]
 	}
-	a.notices = append(a.notices, control.Attention{Code: code, Severity: severity, Since: control.At(a.o.Now()), Text: text, Scope: control.Scope{Public: true}})
+	a.notices = append(a.notices, control.Attention{Code: code, Severity: severity, Since: control.At(a.o.Now()), Text: text, Scope: scope})
 	a.dirty = true
 }

@@ -325,8 +325,7 @@ func (a *Agent) nextFiles(now time.Time) time.Time {
 
 // endedWithFiles is told that a process ended: one that crashed with files that
 // have not proved themselves begins their proof anew, and is said.
-func (a *Agent) endedWithFiles(e target.Event) {
-	p := a.procs[a.lives[e.PID]]
+func (a *Agent) endedWithFiles(p *procState, e target.Event) {
 	if how, _ := ending(e); how != guard.Crash || p == nil || a.bases.area == nil {
 		return
 	}

@@ -18,6 +18,7 @@ import (
 type Trial struct {
 	Length time.Duration
 	Since  map[string]time.Time // release → when the first process was patched with it
+	Out    map[string]bool      // releases that were tried, and came out of it
 }
 
 // over tells whether a release has been tried, and else when it will have been;
@@ -68,6 +69,14 @@ func canaryFirst(v View, list []Intent) {
 		if in.Kind != DoApply || v.Forced == in.Product || v.Chosen[in.Offer.ID] {
 			continue
 		}
+		wait := func(r reason, again time.Time) {
+			list[i].Kind, list[i].State, list[i].Remedy, list[i].Try, list[i].Again = DoNothing, control.PendingImage, control.RemedyWait, nil, again
+			list[i].Reason = r
+		}
+		if in.Offer.Rollout.Halt && !v.Trial.Out[in.Offer.ID] && !also[in.Offer.ID][in.Proc.Info.ID] {
+			wait(halted(*in.Offer), time.Time{}) // while it was tried: it goes no further
+			continue
+		}
 		over, ends := v.Trial.over(in.Offer.ID, v.Now)
 		if rec := in.Image.Records[in.Product]; rec.Live() && !over {
 			_, over = v.Word(rec.Release)
@@ -80,8 +89,7 @@ func canaryFirst(v View, list []Intent) {
 			add(in.Offer.ID, in.Proc.Info.ID)
 			continue
 		}
-		list[i].Kind, list[i].State, list[i].Remedy, list[i].Try, list[i].Again = DoNothing, control.PendingImage, control.RemedyWait, nil, ends
-		list[i].Reason = because("canary", "%s is tried in process %d first%s", in.Offer.ID, first.PID, until(ends))
+		wait(because("canary", "%s is tried in process %d first%s", in.Offer.ID, first.PID, until(ends)), ends)
 	}
 }
 
@@ -95,9 +103,9 @@ func until(t time.Time) string {
 // trial is what the policy says of canaries, and how far they are.
 func (a *Agent) trial() Trial {
 	if a.policy == nil || a.policy.Guard == GuardOff {
-		return Trial{}
+		return Trial{Out: a.letOut}
 	}
-	return Trial{Length: a.policy.Canary, Since: a.trials}
+	return Trial{Length: a.policy.Canary, Since: a.trials, Out: a.letOut}
 }
 
 // settingTrials is JSON: release → when the first process was patched with it.
@@ -119,7 +127,44 @@ func (a *Agent) noteTrials() {
 			now[id] = at
 		}
 	}
+	for id, at := range now {
+		if t := a.o.Now(); at.After(t) { // the clock was set back: it is tried from now on
+			now[id] = t
+		}
+	}
 	a.setTrials(now)
+	a.noteLetOut()
+}
+
+// noteLetOut remembers which releases came out of their trial before their
+// publisher halted them: those go on.
+func (a *Agent) noteLetOut() {
+	now := map[string]bool{}
+	for id := range a.trials {
+		over, _ := a.trial().over(id, a.o.Now())
+		o, offered := a.offerOf(id)
+		if a.letOut[id] || over && offered && !o.Rollout.Halt {
+			now[id] = true
+		}
+	}
+	if maps.Equal(now, a.letOut) {
+		return
+	}
+	if err := a.update(func(tx *store.Tx) error { return setting(tx, settingLetOut, now) }); err == nil {
+		a.letOut = now
+	}
+}
+
+// settingLetOut is JSON: release → true.
+const settingLetOut = "releases/let-out"
+
+// readLetOut is for readState. What cannot be read is noted anew.
+func readLetOut(tx *store.Tx) map[string]bool {
+	out := map[string]bool{}
+	if b, ok := tx.Get(settingLetOut); ok && json.Unmarshal(b, &out) != nil {
+		return map[string]bool{}
+	}
+	return out
 }
 
 func (a *Agent) setTrials(now map[string]time.Time) {

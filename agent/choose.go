@@ -34,6 +34,7 @@ type wishes struct {
 	Defer     time.Duration        // after publication
 	Installed map[string]bool      // ids the operator asked for, for what mode, deferral and rollouts hold back
 	InForce   map[string]string    // product → id in force
+	Begun     map[string]bool      // ids that came into a process here
 	Floors    map[string]uint32    // product and baseline → highest sequence ever in force
 	Ends      time.Time            // of the metadata
 	Returns   map[string]time.Time // id → when it may come back after its publisher took it out again and again
@@ -130,17 +131,22 @@ func allowed(o repository.Offer, d device, w wishes, now time.Time, fresh bool) 
 		return r, false
 	}
 	// What is in force stays so while its publisher only says that nobody else should take it.
-	if o.Rollout.Halt && (o.Rollout.Undo || w.InForce[o.Product] != o.ID) {
+	// In force is not yet had: it may wait for hours, or for a process.
+	inForce := w.InForce[o.Product] == o.ID
+	has := inForce && (w.Begun[o.ID] || w.Installed[o.ID] || len(o.Files) > 0)
+	if o.Rollout.Halt && (o.Rollout.Undo || !has) {
 		return halted(o), false
 	}
-	if at := w.Returns[o.ID]; now.Before(at) && w.InForce[o.Product] != o.ID {
+	if at := w.Returns[o.ID]; now.Before(at) && !inForce {
 		return because("returns", "its publisher has halted it, undone it and released it again and again: it comes back %s", stamp(at)), false
 	}
-	if w.InForce[o.Product] == o.ID || w.Installed[o.ID] && fresh {
+	// Nor does a policy that wants to be asked let in what nobody has yet.
+	asked := w.Mode == Manual || w.Mode == Approved && !slices.Contains(w.Approve, o.ID)
+	if has || inForce && !asked || w.Installed[o.ID] && fresh {
 		return reason{}, true
 	}
 	switch {
-	case !fresh:
+	case !fresh && !inForce:
 		return because("expired", "the repository's metadata ended %s: nothing new comes into force", stamp(w.Ends)), false
 	case w.Mode == Manual:
 		return because("manual", "the policy says mode = \"manual\""), false

@@ -11,6 +11,7 @@ import (
 	"hotpatchd/agent/control"
 	"hotpatchd/agent/guard"
 	"hotpatchd/agent/store"
+	"hotpatchd/patcher"
 	"hotpatchd/patcher/target"
 )
 
@@ -33,19 +34,53 @@ func (a *Agent) heardOfEnd(e target.Event) {
 		a.vigil.endOf(a.vigil.lives[target.ID{PID: e.PID, Start: e.Start}], how, text, false, a.o.Now())
 		return
 	}
+	p, records := a.procs[id], a.recordsOfLife(id)
+	if d := a.departed[e.PID]; !ok && d != nil && !e.At.After(d.at) { // else it is another life's end
+		p, records, ok = d.proc, d.records, true
+		delete(a.departed, e.PID)
+	}
 	if ok && len(e.Faults) > 0 {
 		var where string
-		inside, where = a.faultOf(id, e.Faults)
+		inside, where = faultOf(records, e.Faults)
 		text += where
 	}
 	a.vigil.end(e.PID, how, text, inside, a.o.Now())
-	a.endedWithFiles(e)
+	a.endedWithFiles(p, e)
 }
 
-// faultOf tells whether one of some faults was in code of ours in a process. The
-// place of an annex is random: a fault of another process hardly lies there.
-func (a *Agent) faultOf(id target.ID, faults []target.Addr) (inside bool, where string) {
-	for _, r := range a.recordsOfLife(id) {
+// departed is what was known of a process that a list did not tell of any more,
+// before it was told how it ended.
+type departed struct {
+	proc    *procState
+	records []patcher.Record
+	at      time.Time
+}
+
+const (
+	// departedFor is how late it may be told how a process ended.
+	departedFor = 5 * time.Second
+	// maxDeparted bounds them.
+	maxDeparted = 1024
+)
+
+// depart keeps what is known of a process that is forgotten, for a while.
+func (a *Agent) depart(p *procState) {
+	now := time.Now()
+	for pid, d := range a.departed {
+		if now.Sub(d.at) > departedFor {
+			delete(a.departed, pid)
+		}
+	}
+	if len(p.images) > 0 && len(a.departed) < maxDeparted {
+		a.departed[p.info.PID] = &departed{p, a.recordsOfLife(p.info.ID), now}
+	}
+}
+
+// faultOf tells whether one of some faults was in code of ours in a process, by
+// its records. The place of an annex is random: a fault of another process hardly
+// lies there.
+func faultOf(records []patcher.Record, faults []target.Addr) (inside bool, where string) {
+	for _, r := range records {
 		for _, at := range faults {
 			if r.Live() && at >= r.Annex && at < r.AnnexEnd {
 				return true, fmt.Sprintf(" at %s, inside %s", at, r.Release)
@@ -122,9 +157,9 @@ func (a *Agent) weigh(key caseKey, now time.Time) {
 	why := v.Text + " (" + signs + ")"
 	switch {
 	case a.policy.Guard == GuardObserve:
-		a.onlySay(key.release, product, why, "the policy says guard = \"observe\"")
+		a.onlySay(key, product, why, "the policy says guard = \"observe\"")
 	case a.proven(key.release, product, now):
-		a.onlySay(key.release, product, why, "it has been in force here for more than "+probation.String())
+		a.onlySay(key, product, why, "it has been in force here for more than "+probation.String())
 	case key.owner == "":
 		a.vigil.drop("", key.release)
 		if held, err := a.hold(healthGuard, key.release, product, why, "guard"); err != nil {
@@ -151,12 +186,28 @@ func (a *Agent) proven(release, product string, now time.Time) (is bool) {
 	return is
 }
 
-// onlySay reports what the guard does not act on.
-func (a *Agent) onlySay(release, product, why, because string) {
-	a.vigil.drop("", release)
-	text := release + ": " + why + ". It is not taken out: " + because
-	a.notice("guard", control.SeverityWarning, text, why)
-	a.history(healthGuard, control.HistoryEntry{Action: "guard-observed", Product: product, Release: release, Text: text})
+// maxObserved bounds of how many owners and releases it is remembered that the
+// guard has spoken.
+const maxObserved = 1000
+
+// onlySay reports what the guard does not act on. Of a user's processes it says so
+// once, and not to everybody: he may crash them as often as he likes.
+func (a *Agent) onlySay(key caseKey, product, why, because string) {
+	a.vigil.drop(key.owner, key.release)
+	scope := control.Scope{Public: true}
+	if key.owner != "" {
+		said := caseKey{owner: key.owner, release: key.release}
+		if a.observed[said] {
+			return
+		}
+		if len(a.observed) == maxObserved {
+			clear(a.observed)
+		}
+		a.observed[said], scope = true, control.Scope{}
+	}
+	text := key.release + ": " + why + ". It is not taken out: " + because
+	a.noticeTo(scope, "guard", control.SeverityWarning, text, why)
+	a.history(healthGuard, control.HistoryEntry{Action: "guard-observed", Product: product, Release: key.release, Text: text})
 }
 
 // trialAnew begins the trial of a release anew: its canary died.

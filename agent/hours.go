@@ -41,13 +41,13 @@ func (h Hours) Open(t time.Time) bool {
 }
 
 // Next is the first whole minute from t on at which Open holds, or t itself.
-// Windows repeat weekly, so that it is at most eight days away.
+// Windows repeat weekly, but for an hour that a change of the clocks leaves out.
 func (h Hours) Next(t time.Time) time.Time {
 	if h.Open(t) {
 		return t
 	}
 	at := t.Truncate(time.Minute)
-	for range 8 * 24 * 60 {
+	for range 15 * 24 * 60 {
 		at = at.Add(time.Minute)
 		if h.Open(at) {
 			break

@@ -130,3 +130,33 @@ func TestCodeBeforeStart(t *testing.T) {
 	})
 	r.settled()
 }
+
+// What is told of an end after a list without the process has come is of that
+// process still, but not what happened after the list.
+func TestEndToldLate(t *testing.T) {
+	for name, c := range map[string]struct {
+		after  time.Duration // the list
+		inside bool
+	}{"before the list": {-time.Millisecond, true}, "after it": {time.Minute, false}} {
+		t.Run(name, func(t *testing.T) {
+			r, _ := eventRig(t, true)
+			r.begin(100, "mingw/app.dll")
+			r.runs(100, "R1")
+			r.settled()
+			var annex target.Addr
+			r.inLoop(func(a *Agent) { annex = a.allRecords()[0].Annex })
+			r.m.Deafen(true)
+			must(t, r.m.ExitWith(100, 0, 11))
+			must(t, r.pass())
+			r.inLoop(func(a *Agent) {
+				if len(a.allRecords()) != 0 || a.departed[100] == nil {
+					t.Fatalf("%d records, departed %v", len(a.allRecords()), a.departed)
+				}
+				a.heardOfEnd(target.Event{Kind: target.Exited, PID: 100, Signal: 11, Faults: []target.Addr{annex}, At: a.departed[100].at.Add(c.after)})
+				if l := a.vigil.byPID[100]; l == nil || l.ended.IsZero() || l.inside != c.inside {
+					t.Errorf("%+v", l)
+				}
+			})
+		})
+	}
+}

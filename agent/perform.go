@@ -167,7 +167,12 @@ func (a *Agent) comeIntoForce(ctx context.Context, v View, w wishes, work []Inte
 		moved := false
 		switch {
 		case o == nil || gated:
-			if out || a.outgrown(product, now) {
+			_, offered := a.offerOf(now)
+			never := o == nil && offered && !out && !w.Begun[now] && !w.Installed[now]
+			if never { // it may not any more, and no process had it
+				why = v.Choices[product].Why
+			}
+			if out || never || a.outgrown(product, now) {
 				moved = a.setInForce(product, nil, why.Text)
 			}
 		case a.want(ctx, *o) == nil || !a.ready(o.ID) || now == o.ID || unknown[product]:

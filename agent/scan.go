@@ -54,6 +54,9 @@ func (a *Agent) keepProc(p *procState) {
 
 // dropProc forgets a process.
 func (a *Agent) dropProc(id target.ID) {
+	if p := a.procs[id]; p != nil && a.lives[id.PID] == id {
+		a.depart(p)
+	}
 	delete(a.procs, id)
 	delete(a.hosts, id)
 	if a.lives[id.PID] == id {

@@ -107,7 +107,7 @@ func (a *Agent) lost() (r reason) {
 
 // wishes gathers holds, installs, what is in force and the floors.
 func (a *Agent) wishes() wishes {
-	w := wishes{Products: a.o.Config.Repository.Products, Mode: Automatic, Returns: map[string]time.Time{}, Installed: map[string]bool{}, InForce: map[string]string{},
+	w := wishes{Products: a.o.Config.Repository.Products, Mode: Automatic, Returns: map[string]time.Time{}, Installed: map[string]bool{}, InForce: map[string]string{}, Begun: map[string]bool{},
 		Floors: map[string]uint32{}, Broken: a.broken(), Ends: a.expires}
 	if a.policy != nil && a.policy.Mode != "" {
 		w.Mode = a.policy.Mode
@@ -135,6 +135,9 @@ func (a *Agent) wishes() wishes {
 		}
 		for product, f := range inForceIn(tx) {
 			w.InForce[product] = f.ID
+		}
+		for id := range a.trials {
+			w.Begun[id] = true
 		}
 		for id, t := range haltsIn(tx) {
 			w.Returns[id] = t.returns()

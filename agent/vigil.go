@@ -87,7 +87,11 @@ func (v *vigil) living(id target.ID, owner, program string, runs map[string]time
 	}
 	for _, release := range slices.Sorted(maps.Keys(runs)) {
 		if !slices.ContainsFunc(l.came, func(c coming) bool { return c.release == release && c.out.IsZero() }) {
-			l.came = append(l.came, coming{release: release, at: runs[release]})
+			at := runs[release]
+			if at.After(now) { // the clock was set back
+				at = now
+			}
+			l.came = append(l.came, coming{release: release, at: at})
 		}
 	}
 	slices.SortStableFunc(l.came, func(a, b coming) int { return a.at.Compare(b.at) })
