@@ -47,7 +47,7 @@ func TestPolicyRefused(t *testing.T) {
 		if a.Severity != control.SeverityError {
 			t.Errorf("%s: %+v", c.name, a)
 		}
-		says(t, c.name+": status", d.hotpatch(0, "status").out, "policy", "last good one stays in force", "check-config")
+		says(t, c.name+": status", d.hotpatch(0, "status").out, "policy", "last good one, in force since", "stays", "check-config")
 		says(t, c.name+": check-config", d.run(nil, "hotpatchd", "check-config", "--config", d.config).out, "WRONG", c.where)
 		d.until(c.name+" is in the history", func() bool {
 			h, err := d.client.History(context.Background(), 5)

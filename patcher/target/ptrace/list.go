@@ -109,7 +109,9 @@ func (b *backend) refresh(pid int, now bool) *known {
 	}
 	k = b.procs[pid]
 	if k != nil && !s.dying() && sameProgram(&k.stat, &s) {
-		if s.vsize == k.stat.vsize && !k.late {
+		// New code may be where others was, and not be touched yet.
+		told := k.info.Bare && (now || b.heard.pids[pid])
+		if s.vsize == k.stat.vsize && !k.late && !told {
 			if s.faults == k.stat.faults {
 				k.size = size
 				return k

@@ -20,8 +20,15 @@ const (
 	perfRing = 128 << 10
 	// perfCPUs bounds the processors that are watched; on larger machines nothing is.
 	perfCPUs = 1024
-	// perfRecount is how often it is looked whether there are other processors.
+	// perfFull is how much of it is left when it is called full: the kernel tells
+	// that it kept something from us when there is room again, and it has something
+	// to tell. No record is longer.
+	perfFull = 8 << 10
+	// perfRecount is how often it is looked whether there are other processors,
+	// perfRenew how often all begin anew: a processor that was away and came back
+	// in between tells nothing.
 	perfRecount = 30 * time.Second
+	perfRenew   = 10 * time.Minute
 )
 
 // perf reads from the kernel which processes get executable memory, by a
@@ -31,7 +38,9 @@ const (
 type perf struct {
 	rings   []*ring
 	epoll   int
-	cpus    string // those that are watched
+	cpus    string        // those that are watched
+	slept   time.Duration // how long the system has, until it was opened
+	opened  time.Time
 	counted time.Time
 	record  []byte
 }
@@ -67,7 +76,8 @@ func (p *perf) open() error {
 	if err != nil {
 		return err
 	}
-	p.cpus, p.counted = string(text), time.Now()
+	now := time.Now()
+	p.cpus, p.slept, p.opened, p.counted = string(text), slept(), now, now
 	for _, cpu := range list {
 		r, err := openRing(cpu)
 		if err != nil {
@@ -170,11 +180,29 @@ func (p *perf) drain(take func(newCode)) (lost bool, err error) {
 		return lost, nil
 	}
 	p.counted = time.Now()
-	if text, err := os.ReadFile(onlineCPUs); err == nil && string(text) == p.cpus {
+	text, err := os.ReadFile(onlineCPUs)
+	if err == nil && string(text) == p.cpus && slept()-p.slept < time.Second && time.Since(p.opened) < perfRenew {
 		return lost, nil
 	}
-	p.close()
-	return true, p.open()
+	// The new ones first: nothing is lost between them.
+	old := p.rings
+	p.rings = nil
+	err = p.open()
+	for _, r := range old {
+		l, _ := r.drain(p.record, take)
+		lost = lost || l
+		r.close()
+	}
+	return lost, err
+}
+
+// slept is how long the system has been asleep since its start.
+func slept() time.Duration {
+	var all, awake unix.Timespec
+	if unix.ClockGettime(unix.CLOCK_BOOTTIME, &all) != nil || unix.ClockGettime(unix.CLOCK_MONOTONIC, &awake) != nil {
+		return 0
+	}
+	return time.Duration(all.Nano() - awake.Nano())
 }
 
 func (r *ring) drain(record []byte, take func(newCode)) (lost bool, err error) {
@@ -183,6 +211,7 @@ func (r *ring) drain(record []byte, take func(newCode)) (lost bool, err error) {
 	if head-tail > perfRing {
 		return true, errRecords
 	}
+	lost = head-tail > perfRing-perfFull
 	for tail < head {
 		var start [perfHeader]byte
 		r.copy(start[:], tail)

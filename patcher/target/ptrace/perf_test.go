@@ -114,6 +114,13 @@ func TestRing(t *testing.T) {
 	if pids, lost, err := read(); len(pids) != 1 || !lost || err != nil {
 		t.Errorf("lost: %v, %v, %v", pids, lost, err)
 	}
+	// When it is full the kernel keeps what comes, and says so much later.
+	for r.page.Data_head-r.page.Data_tail <= perfRing-perfFull {
+		put(mmap2(1, 8, 1, 3, "/a", 9, 0))
+	}
+	if _, lost, err := read(); !lost || err != nil {
+		t.Errorf("full: %v, %v", lost, err)
+	}
 	for name, bad := range map[string][]byte{
 		"of no size":           make([]byte, 16),
 		"of an odd size":       {perfRecordMmap2, 0, 0, 0, 0, 0, 13, 0, 0, 0, 0, 0, 0, 0, 0, 0},

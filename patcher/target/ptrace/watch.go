@@ -242,10 +242,13 @@ func (w *watcher) readMapped() {
 		return
 	}
 	lost, err := w.perf.drain(func(c newCode) {
-		if c.own || c.pid == w.self || w.elfs.has(c.file) {
+		if c.own || c.pid == w.self {
 			return
 		}
-		w.news.add(c.pid)
+		w.news.add(c.pid) // of ELF files, too: a file may be another one by now
+		if w.elfs.has(c.file) {
+			return
+		}
 		if at, ok := w.mapped[c.pid]; !ok || c.at < at {
 			w.mapped[c.pid] = c.at
 		}
