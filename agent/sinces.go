@@ -170,7 +170,7 @@ func (a *Agent) noteChecks() {
 	}
 	a.requirements = next
 	if len(opened)+len(ended) > 0 {
-		a.log.Info("eligibility", zap.Bool("eligible", a.verdict.Eligible), zap.String("text", e.Text))
+		a.log.Info("eligibility changed", zap.Bool("eligible", a.verdict.Eligible), zap.String("text", e.Text))
 	}
 }
 
