@@ -98,6 +98,9 @@ func newRig(t testing.TB, scene *sim.Scene) *rig {
 		}
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
+	if dir, err = filepath.Abs(dir); err != nil { // under Wine, /dev/shm has no drive yet
+		t.Fatal(err)
+	}
 	m, err := sim.New(scene, sceneFiles())
 	if err != nil {
 		t.Fatal(err)

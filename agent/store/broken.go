@@ -76,6 +76,8 @@ func (s *Store) intact() error {
 		return s.fail(errors.New("the file was removed while it was open; holds that were in it are lost"))
 	case err != nil:
 		return fmt.Errorf("cannot look at the state: %w", err)
+	case !os.SameFile(there, there): // Windows opens a file for its id: SameFile calls a failure of that a difference
+		return errors.New("cannot look at the state: the system does not tell which file lies at its path")
 	case !os.SameFile(open, there):
 		return s.fail(errors.New("another file was put in its place while it was open"))
 	case open.Size() < s.size:
