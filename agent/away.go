@@ -51,10 +51,16 @@ func (a *Agent) openOutside() {
 	a.checkedAt = a.outside.contact.Checked
 }
 
-// asked notes how a check ended. It belongs to the loop.
+// asked notes how a check ended, and mends what was noted while the clock was
+// ahead: an alarm would else wait for that day. It belongs to the loop.
 func (a *Agent) asked(floors repository.Floors, failed bool) error {
-	c := a.outside.contact
-	switch now := a.o.Now(); {
+	c, now := a.outside.contact, a.o.Now()
+	for _, at := range []*time.Time{&c.Checked, &c.Tried} {
+		if at.After(now) {
+			*at = now
+		}
+	}
+	switch {
 	case !failed:
 		c = contact{Checked: now}
 	case c.Checked.IsZero() && c.Tried.IsZero():
@@ -66,6 +72,9 @@ func (a *Agent) asked(floors repository.Floors, failed bool) error {
 	a.outside.contact = c
 	return a.update(func(tx *store.Tx) error {
 		if err := setting(tx, settingFloors, floors); err != nil {
+			return err
+		}
+		if err := mendHalts(tx, now); err != nil {
 			return err
 		}
 		return setting(tx, settingContact, c)

@@ -47,6 +47,22 @@ func haltsIn(tx *store.Tx) map[string]takenOut {
 	return out
 }
 
+// mendHalts brings down to now what was counted while the clock was ahead: the
+// release would come back only when that day has come.
+func mendHalts(tx *store.Tx, now time.Time) error {
+	all, ahead := haltsIn(tx), false
+	for id, t := range all {
+		if t.Last.After(now) {
+			t.Last, ahead = now, true
+			all[id] = t
+		}
+	}
+	if !ahead {
+		return nil
+	}
+	return setting(tx, settingHalts, all)
+}
+
 // noteTakenOut counts that id, in force until now, was taken out by its publisher.
 func (a *Agent) noteTakenOut(id string) {
 	_ = a.update(func(tx *store.Tx) error { // an error is said by update
