@@ -41,13 +41,15 @@ func newSinces(stored map[string]time.Time) sinces {
 	return s
 }
 
-// of is since when what is named so is so: now, if it was not so in the round before.
+// of is since when what is named so is so: now, if it was not so in the round
+// before, or if the clock was ahead when it began.
 func (s *sinces) of(name string, now time.Time, keep bool) time.Time {
 	name = name[:min(len(name), maxSinceKey)]
-	if _, ok := s.at[name]; !ok {
-		if len(s.at) >= maxSinces {
-			return now
-		}
+	at, ok := s.at[name]
+	if !ok && len(s.at) >= maxSinces {
+		return now
+	}
+	if !ok || at.After(now) {
 		s.at[name] = now
 	}
 	s.asked[name] = s.asked[name] || keep
@@ -180,7 +182,7 @@ func standings(old map[eligibility.ID]checkStands, v eligibility.Verdict, now ti
 	next = map[eligibility.ID]checkStands{}
 	for _, c := range v.Checks {
 		was, s := old[c.ID], checkStands{Result: c.Result, Waived: c.Waived, Since: now}
-		if was.Result == s.Result && was.Waived == s.Waived {
+		if was.Result == s.Result && was.Waived == s.Waived && !was.Since.After(now) {
 			s.Since = was.Since
 		}
 		switch {
@@ -188,6 +190,9 @@ func standings(old map[eligibility.ID]checkStands, v eligibility.Verdict, now ti
 			s.Open, opened = now, append(opened, c)
 		case c.Open():
 			s.Open = was.Open
+			if s.Open.After(now) { // the clock was ahead
+				s.Open = now
+			}
 		case !was.Open.IsZero():
 			ended = append(ended, c)
 		}

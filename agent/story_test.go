@@ -258,6 +258,9 @@ func TestSinces(t *testing.T) {
 	if got := s.of("policy", at(3), true); !got.Equal(at(3)) {
 		t.Errorf("what had ended began at %s", got)
 	}
+	if got := s.of("policy", at(1), true); !got.Equal(at(1)) {
+		t.Errorf("what began under a clock that was ahead began at %s", got)
+	}
 	for i := range 2 * maxSinces {
 		s.of(strings.Repeat("x", i), at(3), true)
 	}
@@ -313,5 +316,10 @@ func TestStandings(t *testing.T) {
 			t.Errorf("%d: %+v, opened %v, ended %v", i, s, opened, ended)
 		}
 		stands = next
+	}
+	ahead := map[eligibility.ID]checkStands{"vbs": {Result: eligibility.Fail, Since: at(9), Open: at(8)}}
+	next, opened, _ := standings(ahead, v(eligibility.Fail, false), at(1))
+	if s := next["vbs"]; !s.Since.Equal(at(1)) || !s.Open.Equal(at(1)) || len(opened) > 0 {
+		t.Errorf("what began under a clock that was ahead: %+v, opened %v", s, opened)
 	}
 }
