@@ -14,6 +14,7 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
+	"slices"
 
 	"hotpatchd/cmd/hotpatchd/pehost"
 	"hotpatchd/patcher/target/win32"
@@ -65,6 +66,9 @@ func dispatch(args []string, out, errOut io.Writer) int {
 	}
 	switch args[0] {
 	case "help", "-h", "-help", "--help":
+		if len(args) > 1 && args[1] != "pe-host" { // help COMMAND
+			return dispatch(append(slices.Clone(args[1:]), "--help"), out, out)
+		}
 		usage(out)
 		return exitDone
 	case "--version":
@@ -97,7 +101,12 @@ func usage(w io.Writer) {
 func (c *command) flags(errOut io.Writer) *flag.FlagSet {
 	f := flag.NewFlagSet(c.name, flag.ContinueOnError)
 	f.SetOutput(errOut)
-	f.Usage = func() { fmt.Fprintf(errOut, "usage: hotpatchd %s\n", c.usage) }
+	f.Usage = func() {
+		fmt.Fprintf(errOut, "usage: hotpatchd %s\n", c.usage)
+		if c.text != "" {
+			fmt.Fprintf(errOut, "  %s\n", c.text)
+		}
+	}
 	return f
 }
 

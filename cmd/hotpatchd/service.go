@@ -42,6 +42,12 @@ func (i installer) say(format string, args ...any) { fmt.Fprintf(i.said, format+
 func serviceCommand(c *command, args []string, out, errOut io.Writer) int {
 	if len(args) == 0 || strings.HasPrefix(args[0], "-") {
 		fmt.Fprintf(errOut, "usage: hotpatchd %s\n", c.usage)
+		for _, a := range serviceActions {
+			fmt.Fprintf(errOut, "  %-9s %s\n", a.name, a.text)
+		}
+		if len(args) > 0 && (args[0] == "-h" || args[0] == "--help") {
+			return exitDone
+		}
 		return exitUsage
 	}
 	alias := command{name: args[0], usage: "service " + args[0] + " [--config FILE]"}
@@ -56,6 +62,11 @@ func serviceCommand(c *command, args []string, out, errOut io.Writer) int {
 
 // serviceAlias does the action that c is named for.
 func serviceAlias(c *command, args []string, out, errOut io.Writer) int {
+	for _, a := range serviceActions {
+		if a.name == c.name {
+			c.text = a.text
+		}
+	}
 	f := c.flags(errOut)
 	config := f.String("config", agent.DefaultConfigPath(), "")
 	printOnly := false
