@@ -24,6 +24,7 @@ import (
 	"io/fs"
 	"reflect"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -430,7 +431,8 @@ func (a *Agent) loadPolicy() {
 	if err != nil {
 		if a.policyErr == nil || a.policyErr.Error() != err.Error() {
 			a.log.Error("policy refused, the last good one stays in force", zap.Error(err))
-			a.history(own, control.HistoryEntry{Action: "policy-refused", Text: err.Error()})
+			why, _, _ := strings.Cut(err.Error(), "\n") // the lines after it show the place in the file
+			a.history(own, control.HistoryEntry{Action: "policy-refused", Text: why})
 		}
 		a.policyErr = err
 		if a.facts != nil {

@@ -151,6 +151,11 @@ func (a *Agent) showBaseline() control.Baseline {
 	return out
 }
 
+// isStaged: the files of a release wait for the next restart.
+func (a *Agent) isStaged(id string) bool {
+	return a.bases.area != nil && slices.ContainsFunc(a.bases.area.Records(), func(r baseline.Record) bool { return r.Release == id && r.Phase == baseline.Staged })
+}
+
 // showBaselineOffer tells of a baseline in the list of what is offered.
 func (a *Agent) showBaselineOffer(o repository.Offer, v View, w wishes) (r reason, inForce, ok bool) {
 	if a.bases.standing[o.Product].ID == o.ID {
@@ -163,11 +168,11 @@ func (a *Agent) showBaselineOffer(o repository.Offer, v View, w wishes) (r reaso
 	if refused := a.bases.refused[o.ID].why; refused.Code != "" {
 		return refused, false, false
 	}
+	if a.isStaged(o.ID) {
+		return because("staged", "it is staged: it takes effect at the next restart of the device"), false, true
+	}
 	if a.bases.area != nil {
 		for _, rec := range a.bases.area.Records() {
-			if rec.Release == o.ID && rec.Phase == baseline.Staged {
-				return because("staged", "it is staged: it takes effect at the next restart of the device"), false, true
-			}
 			if rec.Product == o.Product && rec.Release != o.ID && rec.Phase != baseline.Staged {
 				return because("waits", "%s has to prove itself first", rec.Release), false, true
 			}

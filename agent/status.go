@@ -223,6 +223,9 @@ func (a *Agent) showOffers(v View, w wishes) control.Offers {
 			continue
 		}
 		r, ok := fits(o, d)
+		if r.Code == "baseline" && a.isStaged(o.Baseline) {
+			r.Text = fmt.Sprintf("it needs the baseline %s, which is staged: it comes after the next restart of the device", o.Baseline)
+		}
 		if ok {
 			r, ok = allowed(o, d, w, v.Now, a.fresh(v.Now))
 		}

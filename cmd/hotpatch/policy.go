@@ -2,6 +2,7 @@ package main
 
 import (
 	"slices"
+	"strings"
 	"unicode/utf8"
 
 	"github.com/spf13/cobra"
@@ -26,7 +27,11 @@ func (s *session) policyCommand() *cobra.Command {
 func (s *screen) policy(d *control.Settings) string {
 	p := &page{}
 	if d.Problem != "" {
-		p.verdict(s, bad, "NOT IN FORCE", "The policy as it stands is refused; the last good one stays in force. "+d.Problem)
+		why, place, _ := strings.Cut(d.Problem, "\n")
+		p.verdict(s, bad, "NOT IN FORCE", "The policy as it stands is refused; the last good one stays in force. "+why)
+		for l := range strings.Lines(place) { // the line of the file, and a mark below its column
+			p.line("%s", clean(strings.TrimRight(l, "\n")))
+		}
 		p.blank()
 	}
 	table := func(title string, all []control.Setting) {

@@ -223,6 +223,9 @@ func screens() map[string]string {
 	refused := settingsDoc()
 	refused.Problem = `HKLM\SOFTWARE\Policies\hotpatchd, mode: must be REG_SZ, not REG_DWORD`
 	all["policy-refused"] = s.policy(refused)
+	wrong := settingsDoc()
+	wrong.Problem = "/etc/hotpatchd/policy.toml:4:1: this key is not known\n  4 | enroled = true\x1b[2J\n    | ^"
+	all["policy-wrong"] = s.policy(wrong)
 	all["calendar"] = s.calendar(calendarDoc())
 	all["calendar-empty"] = s.calendar(emptyCalendar())
 	all["calendar-east"] = newScreen(false, time.FixedZone("", 9*60*60)).calendar(emptyCalendar())
