@@ -18,7 +18,7 @@ func starts(l control.Latency) string {
 		return ""
 	case l.Watch == control.WatchScan:
 		if l.Count == 0 {
-			return found + "; status --json says why"
+			return found + ": " + l.Why
 		}
 		text = found + "; "
 	case l.Count == 0:
