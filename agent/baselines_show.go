@@ -25,6 +25,7 @@ type restart struct {
 	product, text string
 	since         time.Time
 	effect        string // of the restart
+	leaves        bool   // files go out, which nothing keeps back
 }
 
 // behind is a hotpatch that needs a baseline.
@@ -50,11 +51,11 @@ func (a *Agent) showFiles(choices map[string]choice, offers []control.Offer) fil
 				if s.Kind == release.KindBaseline {
 					stagedOf[r.Product] = r.Release
 					f.restart = append(f.restart, restart{r.Product, fmt.Sprintf("the baseline %s is staged, %s", r.Release, counted(len(r.Files), "file", "files")), r.Since,
-						"it takes effect at the next restart of the device"})
+						"it takes effect at the next restart of the device", false})
 				}
 			case baseline.Leaving:
 				x.Text = fmt.Sprintf("the files before %s take effect again at the next restart", r.Release)
-				f.restart = append(f.restart, restart{r.Product, "the files of " + r.Release + " are to go out", r.Since, x.Text + " of the device"})
+				f.restart = append(f.restart, restart{r.Product, "the files of " + r.Release + " are to go out", r.Since, x.Text + " of the device", true})
 			case baseline.Active:
 				x.Text = fmt.Sprintf("%s in force; the old files are kept until it has proved itself, %s at the latest", r.Release, stamp(a.proved(r)))
 				if _, seen := a.bases.seen[r.Release]; seen || len(s.Standing.Builds) == 0 {
@@ -181,18 +182,28 @@ func (a *Agent) showBaselineOffer(o repository.Offer, v View, w wishes) (r reaso
 	return reason{}, false, true
 }
 
+// beforeRestart is what has to be done first for a restart to bring staged files.
+func (a *Agent) beforeRestart() string {
+	switch p := a.paused(); {
+	case p.Text == pausedByPolicy:
+		return "set pause = false in " + a.o.Config.Policy.File
+	case p.Code != "", a.lost().Code != "":
+		return "hotpatch resume"
+	case !a.verdict.Eligible:
+		return "mend what hotpatch eligibility shows"
+	}
+	return ""
+}
+
 // attendFiles is what a person should know of whole files.
 func (a *Agent) attendFiles(f filesShown, add func(code, severity, text, remedy string, since control.Time, scope control.Scope)) {
 	public := control.Scope{Public: true}
 	now := control.At(a.o.Now())
-	todo := string(control.RemedyRestartDevice)
-	switch p := a.paused(); { // until then a restart changes nothing
-	case p.Text == pausedByPolicy:
-		todo = "set pause = false in " + a.o.Config.Policy.File + ", then restart the device"
-	case p.Code != "":
-		todo = "hotpatch resume, then restart the device"
-	}
 	for _, r := range f.restart {
+		todo := string(control.RemedyRestartDevice)
+		if first := a.beforeRestart(); first != "" && !r.leaves {
+			todo = first + ", then restart the device"
+		}
 		add("restart-required", control.SeverityWarning, r.text+": "+r.effect, todo, control.At(r.since), public)
 	}
 	for _, b := range f.behind {

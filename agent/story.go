@@ -221,7 +221,7 @@ func (t *teller) files() {
 	}
 	for _, r := range t.Restarts {
 		next, waits := r.effect, control.WaitsForRestart
-		if stopped {
+		if stopped && !r.leaves {
 			next, waits = r.effect+" after "+t.stopEnds(), stops
 		}
 		t.tell("restart-required", r.product, r.text, r.since, next, time.Time{}, waits)

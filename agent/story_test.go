@@ -95,13 +95,18 @@ func TestStory(t *testing.T) {
 			"paused|paused by the policy|before|nothing new is applied until it says pause = false||policy\n" +
 				"baseline-required|Z1 needs the baseline B1, which …|before|no hotpatches until the policy says pause = false; then the baseline is staged||policy"},
 		"a restart is required": {func(p *plot) {
-			p.Restarts = []restart{{"app", "the baseline B1 is staged, 3 files", before, "it takes effect at the next restart of the device"}}
+			p.Restarts = []restart{{"app", "the baseline B1 is staged, 3 files", before, "it takes effect at the next restart of the device", false}}
 		}, "restart-required|the baseline B1 is staged, 3 files|before|it takes effect at the next restart of the device||restart"},
 		"a restart would not be enough": {func(p *plot) {
-			p.Restarts = []restart{{"app", "the baseline B1 is staged, 3 files", before, "it takes effect at the next restart of the device"}}
+			p.Restarts = []restart{{"app", "the baseline B1 is staged, 3 files", before, "it takes effect at the next restart of the device", false}}
 			p.Checks = []openCheck{check("vbs", eligibility.Fail, "off", before)}
 		}, "ineligible|vbs fails: found off|before|no new fixes until it passes; it is looked at again|40m|requirement\n" +
 			"restart-required|the baseline B1 is staged, 3 files|before|it takes effect at the next restart of the device after the eligibility checks pass||requirement"},
+		"old files come back all the same": {func(p *plot) {
+			p.Restarts = []restart{{"app", "the files of B1 are to go out", before, "the files before B1 take effect again at the next restart of the device", true}}
+			p.Checks = []openCheck{check("vbs", eligibility.Fail, "off", before)}
+		}, "ineligible|vbs fails: found off|before|no new fixes until it passes; it is looked at again|40m|requirement\n" +
+			"restart-required|the files of B1 are to go out|before|the files before B1 take effect again at the next restart of the device||restart"},
 		"a baseline proves itself": {func(p *plot) { p.Proofs = []proof{{"app", "B1", before, later}} },
 			"baseline-proof|the old files are kept until B1 has proved itself|before|they are removed|3h|time"},
 		"a canary": {func(p *plot) { p.Trials = []onTrial{{"R2", before, later, 40}} },

@@ -157,10 +157,17 @@ func (s *screen) sentence(st *control.Status) (colour, text string) {
 	return "", "This daemon knows a state that this command does not know; it may be older."
 }
 
-// work is what is done about what is pending: it waits where the policy's hours have not begun.
+// work is what is done about what is pending: it waits where the policy's hours
+// have not begun, and for the end of a trial.
 func (s *screen) work(st *control.Status) string {
 	if c := chapter(st, "hours"); c != nil && !c.At.IsZero() && c.At.After(st.Generated.Time) {
 		return fmt.Sprintf("work waits for the policy's hours, until %s (%s)", s.date(c.At, st.Generated), ahead(c.At, st.Generated))
+	}
+	if c := chapter(st, "canary"); c != nil {
+		if !c.At.IsZero() && c.At.After(st.Generated.Time) {
+			return fmt.Sprintf("one process tries the fix first, until %s (%s)", s.date(c.At, st.Generated), ahead(c.At, st.Generated))
+		}
+		return "one process is to try the fix first"
 	}
 	return "work is under way"
 }
