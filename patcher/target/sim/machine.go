@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -89,10 +90,9 @@ func (m *Machine) List(ctx context.Context) ([]target.Info, error) {
 	}
 	defer m.mu.Unlock()
 	list := make([]target.Info, 0, len(m.procs))
-	for _, p := range m.procs {
-		list = append(list, p.describe())
+	for _, pid := range slices.Sorted(maps.Keys(m.procs)) {
+		list = append(list, m.procs[pid].describe())
 	}
-	slices.SortFunc(list, func(a, b target.Info) int { return a.PID - b.PID })
 	return list, nil
 }
 
