@@ -67,6 +67,7 @@ type choice struct {
 	Why     reason            // why Latest is not Want
 	Opens   time.Time         // when time alone lets one in that is above Want; zero: no such one
 	Held    *repository.Offer // the one that a hold alone keeps out, nil if none: what is older than Want is not missed
+	Never   reason            // why the one in force may not stay so, that nobody has yet; Code "" if it may
 }
 
 // baseline is the baseline in force for a product.
@@ -119,6 +120,12 @@ func outOfScope(product string) reason {
 	return because("out-of-scope", "product %s is outside [repository] products", product)
 }
 
+// had tells of a release in force whether it came to anybody: into a process, by
+// the operator's word, or as files.
+func (w wishes) had(o repository.Offer) bool {
+	return w.Begun[o.ID] || w.Installed[o.ID] || len(o.Files) > 0
+}
+
 // allowed tells whether an offer that fits may come into force here and now.
 func allowed(o repository.Offer, d device, w wishes, now time.Time, fresh bool) (reason, bool) {
 	if r, held := w.Hold(o.ID); held {
@@ -133,7 +140,7 @@ func allowed(o repository.Offer, d device, w wishes, now time.Time, fresh bool) 
 	// What is in force stays so while its publisher only says that nobody else should take it.
 	// In force is not yet had: it may wait for hours, or for a process.
 	inForce := w.InForce[o.Product] == o.ID
-	has := inForce && (w.Begun[o.ID] || w.Installed[o.ID] || len(o.Files) > 0)
+	has := inForce && w.had(o)
 	if o.Rollout.Halt && (o.Rollout.Undo || !has) {
 		return halted(o), false
 	}
@@ -194,7 +201,8 @@ func early(o repository.Offer, deferral time.Duration, now time.Time) reason {
 // choose decides for each product which release should be in force. It is
 // pure. A hotpatch is cumulative: the highest sequence that fits and is
 // allowed replaces all lower ones. Below the highest sequence ever in force
-// only somebody's word leads, about what is in force.
+// only somebody's word leads, about what is in force: one that takes it out, or
+// that keeps it out where nobody has it yet.
 func choose(offers []repository.Offer, d device, w wishes, now time.Time, fresh bool) map[string]choice {
 	byProduct := map[string][]repository.Offer{}
 	for _, o := range offers {
@@ -209,6 +217,15 @@ func choose(offers []repository.Offer, d device, w wishes, now time.Time, fresh 
 		slices.SortFunc(list, highest)
 		c := choice{Product: product, Latest: &list[0]}
 		_, down := w.word(w.InForce[product], offers) // what is in force is taken out
+		for _, o := range list {
+			if w.InForce[product] != o.ID || w.had(o) {
+				continue
+			}
+			if r, ok := allowed(o, d, w, now, fresh); !ok {
+				_, broken := w.Broken[o.ID] // that is nobody's word
+				c.Never, down = r, down || !broken
+			}
+		}
 		for i := range list {
 			o := &list[i]
 			r, ok := allowed(*o, d, w, now, fresh)

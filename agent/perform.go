@@ -159,7 +159,9 @@ func (a *Agent) comeIntoForce(ctx context.Context, v View, w wishes, work []Inte
 		out := false
 		var why reason
 		if now != "" {
-			why, out = v.Word(now)
+			if why, out = v.Word(now); !out {
+				why = v.Choices[product].Never
+			}
 		}
 		// Pause and eligibility hold back what is new, not the way back.
 		gated := o != nil && (!v.Eligible || v.Paused.Code != "") && taken[product] <= o.Sequence
@@ -167,12 +169,7 @@ func (a *Agent) comeIntoForce(ctx context.Context, v View, w wishes, work []Inte
 		moved := false
 		switch {
 		case o == nil || gated:
-			_, offered := a.offerOf(now)
-			never := o == nil && offered && !out && !w.Begun[now] && !w.Installed[now]
-			if never { // it may not any more, and no process had it
-				why = v.Choices[product].Why
-			}
-			if out || never || a.outgrown(product, now) {
+			if out || o == nil && why.Code != "" || a.outgrown(product, now) {
 				moved = a.setInForce(product, nil, why.Text)
 			}
 		case a.want(ctx, *o) == nil || !a.ready(o.ID) || now == o.ID || unknown[product]:
