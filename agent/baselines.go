@@ -267,7 +267,8 @@ func (a *Agent) filesWanted(w wishes, choices map[string]choice, now time.Time) 
 		}
 	}
 	for product, c := range choices {
-		if _, ok := out[product]; !ok && c.Want != nil && len(c.Want.Files) > 0 && w.InForce[product] == c.Want.ID {
+		// One that was halted stays where it is: what is staged of it is taken back.
+		if _, ok := out[product]; !ok && c.Want != nil && len(c.Want.Files) > 0 && w.InForce[product] == c.Want.ID && !c.Want.Rollout.Halt {
 			out[product] = *c.Want
 		}
 	}
