@@ -64,9 +64,9 @@ func (c *closed) end(t *testing.T, r *rig, pid int, status uint32) {
 	t.Helper()
 	var id target.ID
 	r.inLoop(func(a *Agent) { id = a.lives[pid] })
-	must(t, r.m.Exit(pid))
-	c.mu.Lock()
+	c.mu.Lock() // a list without it must not come between
 	defer c.mu.Unlock()
+	must(t, r.m.Exit(pid))
 	if c.follows[id] {
 		c.ends <- target.Event{Kind: target.Exited, PID: pid, Start: id.Start, Code: status, Status: true, At: time.Now()}
 	}
