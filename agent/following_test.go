@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -166,6 +167,61 @@ func TestNotFollowed(t *testing.T) {
 			t.Errorf("another life's end ended it: %+v", l)
 		}
 	})
+}
+
+// Who is not followed any more, for there are too many, has no account either.
+func TestFollowedNoMore(t *testing.T) {
+	r, c := closedRig(t)
+	r.begin(100, "mingw/app.dll")
+	r.runs(100, "R1")
+	must(t, r.pass())
+	kept := func() (is bool) {
+		r.inLoop(func(a *Agent) { is = a.vigil.byPID[100] != nil })
+		return is
+	}
+	if !kept() {
+		t.Fatal("no account is kept of one that is followed")
+	}
+	c.mu.Lock()
+	c.refuses[100] = true
+	c.mu.Unlock()
+	must(t, r.pass())
+	if kept() {
+		t.Error("an account is kept of one whose end nobody will tell")
+	}
+}
+
+// The word on a followed process may come after a list without it: one that
+// crashed with new files begins their proof anew all the same.
+func TestFilesOfOneThatIsGone(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("files are put into place at a restart: Windows does it itself while it starts")
+	}
+	s := &script{rig: newRig(t, &sim.Scene{Format: sim.SceneFormat, Seed: 1})}
+	c := &closed{Machine: s.m, refuses: map[int]bool{}}
+	s.backend = c
+	t.Cleanup(func() { must(t, errors.Join(s.judge(), s.stop())) })
+	lines := func(all ...string) {
+		t.Helper()
+		for _, line := range all {
+			if err := s.line(line); err != nil {
+				t.Fatalf("%s: %v", line, err)
+			}
+		}
+	}
+	lines("place app.dll mingw/app.dll", "baseline B1 app 2026-11 app.dll=mingw/app.dll:plain/app.dll", "start", "check", "history baseline-staged release=B1",
+		"stop", "reboot", "start", "history baseline-activated release=B1", "run 101 plain/app.dll", "image 101 app.dll state=fixed")
+	var id target.ID
+	s.inLoop(func(a *Agent) { id = a.lives[101] })
+	lines("exit 101", "no-image 101")
+	s.inLoop(func(a *Agent) {
+		if _, there := a.lives[101]; there {
+			t.Fatal("it is not gone")
+		}
+		a.takeEvent(target.Event{Kind: target.Exited, PID: 101, Start: id.Start, Code: 0xC0000005, Status: true, At: time.Now()}, time.Now())
+		a.Wake()
+	})
+	lines("attention baseline-crash")
 }
 
 // deaf is a machine that tells nothing, as a container.

@@ -30,8 +30,12 @@ func (a *Agent) heardOfEnd(e target.Event) {
 	how, text := ending(e)
 	inside := false
 	id, ok := a.lives[e.PID]
-	if e.Start != 0 && id.Start != e.Start { // the pid is another life's by now
+	if e.Start != 0 && id.Start != e.Start { // the pid is another life's by now, or nobody's
 		a.vigil.endOf(a.vigil.lives[target.ID{PID: e.PID, Start: e.Start}], how, text, false, a.o.Now())
+		if d := a.departed[e.PID]; d != nil && d.proc.info.ID.Start == e.Start {
+			delete(a.departed, e.PID)
+			a.endedWithFiles(d.proc, e)
+		}
 		return
 	}
 	p, records := a.procs[id], a.recordsOfLife(id)
@@ -134,7 +138,11 @@ func (a *Agent) countLives(now time.Time) {
 		}
 	}
 	for id, p := range a.hosts {
-		if len(p.images) > 0 && a.hears(id) {
+		switch {
+		case len(p.images) == 0:
+		case !a.hears(id): // any more: it would be taken for one that ends well
+			a.vigil.leave(id)
+		default:
 			a.vigil.living(id, ownerOf(p.info), programOf(p.info), runs[id], now)
 		}
 	}

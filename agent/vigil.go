@@ -100,6 +100,14 @@ func (v *vigil) living(id target.ID, owner, program string, runs map[string]time
 	}
 }
 
+// leave forgets a life whose end will not be told.
+func (v *vigil) leave(id target.ID) {
+	if l := v.lives[id]; l != nil && v.byPID[id.PID] == l {
+		delete(v.byPID, id.PID)
+	}
+	delete(v.lives, id)
+}
+
 // end tells how a process ended. It is over when it is not among the living any
 // more: the main thread of a process may end before the others.
 func (v *vigil) end(pid int, how guard.Ending, text string, inside bool, at time.Time) {
