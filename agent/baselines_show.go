@@ -195,10 +195,10 @@ func (a *Agent) beforeRestart() string {
 	return ""
 }
 
-// attendFiles is what a person should know of whole files.
+// attendFiles is what a person should know of whole files. A time that is zero is
+// since it was first said.
 func (a *Agent) attendFiles(f filesShown, add func(code, severity, text, remedy string, since control.Time, scope control.Scope)) {
 	public := control.Scope{Public: true}
-	now := control.At(a.o.Now())
 	for _, r := range f.restart {
 		todo := string(control.RemedyRestartDevice)
 		if first := a.beforeRestart(); first != "" && !r.leaves {
@@ -215,9 +215,9 @@ func (a *Agent) attendFiles(f filesShown, add func(code, severity, text, remedy 
 		}
 	}
 	if a.bases.areaErr != nil {
-		add("baseline", control.SeverityError, "what is staged cannot be read: no baseline is staged", "see the log", now, public)
+		add("baseline", control.SeverityError, "what is staged cannot be read: no baseline is staged", "see the log", control.Time{}, public)
 	}
 	if a.o.Boot == "" && len(f.staged) > 0 {
-		add("boot", control.SeverityError, "this system does not tell when it was restarted: staged files do not take effect", "see the log", now, public)
+		add("boot", control.SeverityError, "this system does not tell when it was restarted: staged files do not take effect", "see the log", control.Time{}, public)
 	}
 }

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"testing"
@@ -10,6 +11,7 @@ import (
 	"hotpatchd/agent/repository"
 	"hotpatchd/patcher"
 	"hotpatchd/patcher/target"
+	"hotpatchd/patcher/target/sim"
 	"hotpatchd/pe"
 )
 
@@ -99,5 +101,28 @@ func TestChooseOnBaselines(t *testing.T) {
 		if _, ok := fitsFiles(o, device{}, in); ok != fits {
 			t.Errorf("a baseline of %q over one of 2026-10: %t", month, ok)
 		}
+	}
+}
+
+// What is wrong with files stands since it was first said, not since the last look.
+func TestFilesStandSince(t *testing.T) {
+	r := newRig(t, &sim.Scene{Format: sim.SceneFormat, Seed: 1})
+	r.tune = func(a *Agent) { a.bases.area, a.bases.areaErr = nil, errors.New("cannot be read") }
+	must(t, r.start())
+	t.Cleanup(func() { must(t, errors.Join(r.judge(), r.stop())) })
+	since := func() (at control.Time) {
+		must(t, r.pass())
+		r.inLoop(func(a *Agent) {
+			for _, x := range a.shown.Load().status.Attention {
+				if x.Code == "baseline" {
+					at = x.Since
+				}
+			}
+		})
+		return at
+	}
+	first := since()
+	if at := since(); first.IsZero() || !at.Equal(first.Time) {
+		t.Errorf("since %v, and then since %v", first, at)
 	}
 }
