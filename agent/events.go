@@ -130,6 +130,13 @@ func (a *Agent) takeEvent(e target.Event, now time.Time) {
 			y.next = at.Add(youngFirst)
 		}
 		a.watchOver(e.PID, y)
+		if p := a.procs[a.lives[e.PID]]; p != nil { // the program before made us deaf, not this one
+			news := p.ignored
+			p.deaf, p.ignored = time.Time{}, time.Time{}
+			if e.Told && news.After(at.Add(-startMost)) {
+				a.heardOfCode(e.PID, news, now)
+			}
+		}
 	case target.Mapped:
 		a.heardOfCode(e.PID, at, now)
 	case target.Forked:

@@ -131,6 +131,31 @@ func TestCodeBeforeStart(t *testing.T) {
 	r.settled()
 }
 
+// A program that made code, and news of it not heard, is not the one that the
+// process executes next: whether its code is told before its start or after.
+func TestCodeAfterExec(t *testing.T) {
+	r, _ := eventRig(t, true)
+	must(t, r.pass())
+	r.inLoop(func(a *Agent) {
+		now := time.Now()
+		start := target.Event{Kind: target.Started, PID: 50, At: now, Told: true}
+		code := target.Event{Kind: target.Mapped, PID: 50, At: now}
+		for name, events := range map[string][]target.Event{"after": {start, code}, "before": {code, start}} {
+			clear(a.starts.young)
+			p := a.procs[a.lives[50]]
+			p.deaf, p.ignored = now.Add(time.Minute), time.Time{}
+			for _, e := range events {
+				a.takeEvent(e, now)
+			}
+			if y := a.starts.young[50]; y == nil || y.next.IsZero() || y.first.IsZero() {
+				t.Errorf("%s: %+v", name, y)
+			}
+		}
+		clear(a.starts.young)
+	})
+	r.settled()
+}
+
 // What is told of an end after a list without the process has come is of that
 // process still, but not what happened after the list.
 func TestEndToldLate(t *testing.T) {
