@@ -125,7 +125,7 @@ func (a *Agent) stageSet(ctx context.Context, o repository.Offer) (baseline.Reco
 func (a *Agent) ownFile(destination string) (what string, is bool) {
 	c := a.o.Config
 	for dir := filepath.Clean(destination); c.StateDir != ""; dir = filepath.Dir(dir) {
-		if samePlace(dir, c.StateDir) {
+		if baseline.SamePlace(dir, c.StateDir) {
 			return "state", true
 		}
 		if dir == filepath.Dir(dir) {
@@ -142,28 +142,11 @@ func (a *Agent) ownFile(destination string) (what string, is bool) {
 	for path, what := range map[string]string{c.File: "configuration", c.Policy.File: "policy", c.Repository.Root: "root of trust",
 		c.Repository.CAFile: "ca_file", c.Report.CAFile: "ca_file", c.Repository.ClientCert: "client_cert", c.Report.ClientCert: "client_cert",
 		program: "program", log: "log"} {
-		if path != "" && samePlace(destination, path) {
+		if path != "" && baseline.SamePlace(destination, path) {
 			return what, true
 		}
 	}
 	return "", false
-}
-
-// samePlace tells whether two paths are one: the same file, or, where none is, the
-// same name in the same folder.
-func samePlace(a, b string) bool {
-	same := func(a, b string) bool {
-		x, err := os.Stat(a)
-		if err != nil {
-			return false
-		}
-		y, err := os.Stat(b)
-		return err == nil && os.SameFile(x, y)
-	}
-	if foldEqual(filepath.Clean(a), filepath.Clean(b)) || same(a, b) {
-		return true
-	}
-	return foldEqual(filepath.Base(a), filepath.Base(b)) && same(filepath.Dir(a), filepath.Dir(b))
 }
 
 // staged takes in what staging came to.

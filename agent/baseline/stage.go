@@ -62,7 +62,7 @@ func (x *Area) Stage(s Set, boot string, now time.Time) (Record, error) {
 		if err := x.unclaimed(s.Product, e.Destination); err != nil {
 			return Record{}, err
 		}
-		if slices.ContainsFunc(r.Files, func(o Entry) bool { return samePlace(o.Destination, e.Destination) }) {
+		if slices.ContainsFunc(r.Files, func(o Entry) bool { return SamePlace(o.Destination, e.Destination) }) {
 			return Record{}, refuse(CodePath, e.Destination, "it is named twice")
 		}
 		if e.Stem, err = stemFor(e.Destination); err != nil {
@@ -174,7 +174,7 @@ func present(destination string) (string, Attributes, error) {
 func (x *Area) unclaimed(product, destination string) error {
 	for _, r := range x.records {
 		for _, e := range r.Files {
-			if r.Product != product && samePlace(e.Destination, destination) {
+			if r.Product != product && SamePlace(e.Destination, destination) {
 				return refuse(CodeClaimed, destination, "%s of product %s is %s there", r.Release, r.Product, r.Phase)
 			}
 		}
@@ -182,22 +182,23 @@ func (x *Area) unclaimed(product, destination string) error {
 	return nil
 }
 
-// samePlace tells whether two destinations are one: by spelling, by the file that
-// is there, or by the folder that a new one would appear in. Short names of
-// Windows and links to folders spell one place in several ways.
-func samePlace(a, b string) bool {
-	if strings.EqualFold(a, b) || sameFile(a, b) {
+// SamePlace tells whether two paths are one: by spelling, by the file that is
+// there, or, where none is, by the folder that a new one would appear in. Short
+// names of Windows and links, which are allowed on the way, spell one place in
+// several ways.
+func SamePlace(a, b string) bool {
+	same := func(a, b string) bool {
+		x, err := os.Stat(a)
+		if err != nil {
+			return false
+		}
+		y, err := os.Stat(b)
+		return err == nil && os.SameFile(x, y)
+	}
+	if strings.EqualFold(filepath.Clean(a), filepath.Clean(b)) || same(a, b) {
 		return true
 	}
-	if !strings.EqualFold(filepath.Base(a), filepath.Base(b)) {
-		return false
-	}
-	x, err := os.Stat(filepath.Dir(a)) // through links, which are allowed on the way
-	if err != nil {
-		return false
-	}
-	y, err := os.Stat(filepath.Dir(b))
-	return err == nil && os.SameFile(x, y)
+	return strings.EqualFold(filepath.Base(a), filepath.Base(b)) && same(filepath.Dir(a), filepath.Dir(b))
 }
 
 // stemFor makes names of ours beside a destination: on the same file system,
