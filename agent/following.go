@@ -7,6 +7,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"hotpatchd/agent/baseline"
 	"hotpatchd/patcher/target"
 )
 
@@ -39,13 +40,19 @@ func (a *Agent) follow(work []Intent) {
 		return
 	}
 	var ids []target.ID
-	if a.policy != nil && a.policy.Guard != GuardOff {
+	if a.policy != nil && a.policy.Guard != GuardOff || a.proving() {
 		ids = followable(work)
 	}
 	clear(a.followed)
 	for _, id := range f.Follow(ids) {
 		a.followed[id] = true
 	}
+}
+
+// proving tells whether files have yet to prove themselves: a crash counts with
+// them whatever the policy says of the guard.
+func (a *Agent) proving() bool {
+	return a.bases.area != nil && slices.ContainsFunc(a.bases.area.Records(), func(r baseline.Record) bool { return r.Phase == baseline.Active })
 }
 
 func followable(work []Intent) []target.ID {

@@ -200,6 +200,7 @@ func TestFilesOfOneThatIsGone(t *testing.T) {
 	s := &script{rig: newRig(t, &sim.Scene{Format: sim.SceneFormat, Seed: 1})}
 	c := &closed{Machine: s.m, refuses: map[int]bool{}}
 	s.backend = c
+	s.write("policy.toml", goodPolicy+"guard = \"off\"\n")
 	t.Cleanup(func() { must(t, errors.Join(s.judge(), s.stop())) })
 	lines := func(all ...string) {
 		t.Helper()
@@ -211,6 +212,12 @@ func TestFilesOfOneThatIsGone(t *testing.T) {
 	}
 	lines("place app.dll mingw/app.dll", "baseline B1 app 2026-11 app.dll=mingw/app.dll:plain/app.dll", "start", "check", "history baseline-staged release=B1",
 		"stop", "reboot", "start", "history baseline-activated release=B1", "run 101 plain/app.dll", "image 101 app.dll state=fixed")
+	must(t, s.pass())
+	c.mu.Lock()
+	if !c.ever[101] {
+		t.Error("it is not followed, for the guard is off")
+	}
+	c.mu.Unlock()
 	var id target.ID
 	s.inLoop(func(a *Agent) { id = a.lives[101] })
 	lines("exit 101", "no-image 101")
