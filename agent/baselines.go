@@ -58,6 +58,7 @@ type baselines struct {
 	refused  map[string]refusedSet
 	inPlace  map[string]bool      // releases whose files were found in their places
 	seen     map[string]time.Time // releases → since when a process runs their files, without trouble
+	ahead    map[string]time.Time // releases that took effect at a time which is yet to come → when that was found
 	proveFor time.Duration
 }
 
@@ -70,7 +71,7 @@ type refusedSet struct {
 
 func newBaselines() baselines {
 	return baselines{standing: map[string]standing{}, busy: map[string]bool{}, refused: map[string]refusedSet{},
-		inPlace: map[string]bool{}, seen: map[string]time.Time{}, proveFor: proveFor}
+		inPlace: map[string]bool{}, seen: map[string]time.Time{}, ahead: map[string]time.Time{}, proveFor: proveFor}
 }
 
 // openBaselines reads what is staged, and which baselines are in force.

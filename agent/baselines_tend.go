@@ -231,6 +231,7 @@ func (a *Agent) proveIfDue(r baseline.Record, now time.Time) {
 		return
 	}
 	delete(a.bases.seen, r.Release)
+	delete(a.bases.ahead, r.Release)
 	a.bases.inPlace[r.Release] = true
 	if s, ok := a.bases.standing[r.Product]; ok && s.ID == r.Release {
 		s.Previous = nil
@@ -242,19 +243,27 @@ func (a *Agent) proveIfDue(r baseline.Record, now time.Time) {
 
 // proved is when an active set will have proved itself.
 func (a *Agent) proved(r baseline.Record) time.Time {
+	now := a.o.Now()
+	since := r.Since
+	if since.After(now) { // the clock was ahead when it took effect: it counts from when that is known
+		if at, ok := a.bases.ahead[r.Release]; !ok || at.After(now) {
+			a.bases.ahead[r.Release] = now
+		}
+		since = a.bases.ahead[r.Release]
+	}
 	s, err := stagingOf(r)
 	if err != nil || len(s.Standing.Builds) == 0 { // no images: nothing that could be seen running
-		return r.Since.Add(a.bases.proveFor)
+		return since.Add(a.bases.proveFor)
 	}
 	for _, p := range a.procs {
-		if _, known := a.bases.seen[r.Release]; !known && runsBuild(p, s.Standing.Builds) {
-			a.bases.seen[r.Release] = a.o.Now()
+		if at, known := a.bases.seen[r.Release]; (!known || at.After(now)) && runsBuild(p, s.Standing.Builds) {
+			a.bases.seen[r.Release] = now
 		}
 	}
 	if at, ok := a.bases.seen[r.Release]; ok {
 		return at.Add(a.bases.proveFor)
 	}
-	return r.Since.Add(proveIdle)
+	return since.Add(proveIdle)
 }
 
 func runsBuild(p *procState, builds []repository.Base) bool {
