@@ -79,6 +79,10 @@ func storyScreens(s *screen) map[string]string {
 	for i := range 11 {
 		many = append(many, control.Chapter{Code: "waiting", Product: fmt.Sprint(i), What: fmt.Sprintf("R%d\x1b is not taken yet: by hand", i), Next: "it comes with hotpatch install R", WaitsFor: control.WaitsForApproval, Since: ago(time.Duration(i) * days)})
 	}
-	add("many", func(*control.Status) {}, many...)
+	add("many", func(st *control.Status) { // the last is not told under Next
+		for _, i := range []string{"0", "10"} {
+			st.Attention = append(st.Attention, control.Attention{Code: "waiting", Severity: control.SeverityInfo, Product: i, Text: "R" + i + " is not taken yet: by hand", Remedy: "hotpatch install R" + i})
+		}
+	}, many...)
 	return all
 }

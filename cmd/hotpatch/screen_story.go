@@ -18,22 +18,22 @@ var toldElsewhere = []string{"poll", "repository", "no-repository", "paused", "s
 // story tells what comes next and when, and then the dates of the calendar.
 func (s *screen) story(p *page, st *control.Status) {
 	var lines []string
-	all := slices.DeleteFunc(slices.Clone(st.Story), func(c control.Chapter) bool { return slices.Contains(toldElsewhere, c.Code) })
-	for i, c := range all[:min(len(all), maxChapters)] {
+	all, more := shown(st)
+	for i, c := range all {
 		text := c.What
 		// What may hold the same time already, as of who held it.
 		if !c.Since.IsZero() && !strings.Contains(s.localAt(text, st.Generated), "since "+s.date(c.Since, st.Generated)) {
 			text += ", since " + s.date(c.Since, st.Generated) + agoIn(c.Since, st.Generated)
 		}
 		// Several that end alike say so once.
-		same := i+1 < min(len(all), maxChapters) && all[i+1].Code == c.Code && all[i+1].Next == c.Next && all[i+1].At.Equal(c.At.Time)
+		same := i+1 < len(all) && all[i+1].Code == c.Code && all[i+1].Next == c.Next && all[i+1].At.Equal(c.At.Time)
 		if !same {
 			text += ". " + capital(s.comes(c, st.Generated)) + "."
 		}
 		lines = append(lines, s.localAt(text, st.Generated))
 	}
-	if n := len(all) - maxChapters; n > 0 {
-		lines = append(lines, "and "+many(n, "more thing")+": hotpatch status --json")
+	if more > 0 {
+		lines = append(lines, "and "+many(more, "more thing")+": hotpatch status --json")
 	}
 	if n := s.next(st); n != "" {
 		lines = append(lines, n)
@@ -43,6 +43,13 @@ func (s *screen) story(p *page, st *control.Status) {
 		p.field(label, statusColumn, l)
 		label = ""
 	}
+}
+
+// shown are the chapters under Next, and how many more there are.
+func shown(st *control.Status) (first []control.Chapter, more int) {
+	all := slices.DeleteFunc(slices.Clone(st.Story), func(c control.Chapter) bool { return slices.Contains(toldElsewhere, c.Code) })
+	n := min(len(all), maxChapters)
+	return all[:n], len(all) - n
 }
 
 // capital begins a sentence.
@@ -69,16 +76,18 @@ func chapter(st *control.Status, code string) *control.Chapter {
 
 // told says whether a chapter on the screen tells what an attention is about.
 func told(st *control.Status, a control.Attention) bool {
-	return !slices.Contains(toldElsewhere, a.Code) && slices.ContainsFunc(st.Story, func(c control.Chapter) bool { return c.Code == a.Code && (a.Product == "" || c.Product == a.Product) })
+	list, _ := shown(st)
+	return slices.ContainsFunc(list, func(c control.Chapter) bool { return c.Code == a.Code && (a.Product == "" || c.Product == a.Product) })
 }
 
-// filesTold says whether a chapter tells of staged or kept files.
+// filesTold says whether a chapter on the screen tells of staged or kept files.
 func filesTold(st *control.Status, f control.StagedFiles) bool {
 	code := "restart-required"
 	if f.Phase == "active" {
 		code = "baseline-proof"
 	}
-	return slices.ContainsFunc(st.Story, func(c control.Chapter) bool {
+	list, _ := shown(st)
+	return slices.ContainsFunc(list, func(c control.Chapter) bool {
 		return c.Code == code && c.Product == f.Product && strings.Contains(c.What, f.ID)
 	})
 }
