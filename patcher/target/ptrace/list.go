@@ -32,23 +32,27 @@ const maxKept = 2048
 // executable ones; only if those changed everything about it is read anew. A
 // module that went and came back at the same place between two calls does not
 // show.
-func (b *backend) List(ctx context.Context) ([]target.Info, error) {
+func (b *backend) List(ctx context.Context) (list []target.Info, err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.round++
 	b.heard = b.news.take()
+	defer func() {
+		if err != nil { // not all that was told has been looked at
+			b.news.miss()
+		}
+	}()
 	if r := readRights(); r != b.desc.rights {
 		b.desc.rights = r
 		for pid := range b.procs {
 			b.drop(pid)
 		}
 	}
-	var err error
 	if b.pids, err = b.proc.numbers(b.pids[:0], b.dirbuf); err != nil {
 		return nil, &target.Error{Op: "list", Note: "cannot read /proc", Err: err}
 	}
 	b.turns, b.waiting = 1+b.waiting/faultChecks, 0
-	list := make([]target.Info, 0, len(b.procs)+16)
+	list = make([]target.Info, 0, len(b.procs)+16)
 	for n, pid := range b.pids {
 		if n%64 == 0 && ctx.Err() != nil {
 			return nil, ctx.Err()

@@ -163,6 +163,47 @@ func TestNews(t *testing.T) {
 	check("again", false, false)
 }
 
+// TestListBroken: what was told is not forgotten with a List that fails.
+func TestListBroken(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		list func(b *backend) error
+	}{
+		{"/proc cannot be read", func(b *backend) error {
+			proc := b.proc
+			b.proc = -1
+			_, err := b.List(t.Context())
+			b.proc = proc
+			return err
+		}},
+		{"nobody waits for it", func(b *backend) error {
+			ctx, cancel := context.WithCancel(t.Context())
+			cancel()
+			_, err := b.List(ctx)
+			return err
+		}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			b := newBackend(t)
+			b.news.begin(true)
+			_, err := b.List(t.Context())
+			must(t, "List", err)
+			b.news.add(1)
+			if err := c.list(b); err == nil {
+				t.Fatal("it does not fail")
+			}
+			_, err = b.List(t.Context())
+			must(t, "List", err)
+			if !b.heard.untold && !b.heard.pids[1] {
+				t.Error("the next List does not know that 1 did something")
+			}
+			if _, err = b.List(t.Context()); err != nil || b.heard.untold {
+				t.Errorf("nor does it go by what is told later (%v)", err)
+			}
+		})
+	}
+}
+
 // cpu is the processor time this process has used: what a loaded machine does not distort.
 func cpu() time.Duration {
 	var r unix.Rusage
