@@ -3,10 +3,13 @@
 package ptrace
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -45,7 +48,7 @@ const (
 // code it tells by perf events where it may have them.
 func (b *backend) Watch(ctx context.Context) (<-chan target.Event, error) {
 	w := &watcher{faults: openFaults(), news: &b.news, elfs: &b.elfs, self: b.desc.self,
-		buf: make([]byte, 16<<10), mapped: map[int]uint64{}, events: make(chan target.Event, watchBehind)}
+		buf: make([]byte, 16<<10), mapped: map[int]uint64{}, forks: map[int]fork{}, events: make(chan target.Event, watchBehind)}
 	if err := w.open(); err != nil {
 		w.close()
 		return nil, fmt.Errorf("cannot watch process starts: %w", err)
@@ -74,10 +77,19 @@ type watcher struct {
 	self    int
 	buf     []byte
 	mapped  map[int]uint64 // what one reading tells of new code: when it came first
+	forks   map[int]fork   // by child, of the last reading of the socket
 	events  chan target.Event
 	lost    bool      // since the last Lost that was told
 	drained time.Time // the socket
 	told    time.Time // of new code, last
+}
+
+// fork is how a process began. One that was forked when its parent had new code
+// has that too, and nothing else tells of it.
+type fork struct {
+	parent int
+	at     uint64 // CLOCK_MONOTONIC, nanoseconds
+	over   bool   // it has ended since, or executes another program
 }
 
 func (w *watcher) open() error {
@@ -169,6 +181,7 @@ func (w *watcher) read() error {
 		time.Sleep(watchHold)
 	}
 	w.drained = now
+	w.inherit()
 	err := w.drain(w.tell)
 	w.tellMapped()
 	if w.lost && w.send(target.Event{Kind: target.Lost, At: now}) {
@@ -263,6 +276,36 @@ func (w *watcher) readMapped() {
 	}
 }
 
+// inherit gives new code to those that were forked with it, but were told before
+// it was read of. What is read next of the socket begins anew.
+func (w *watcher) inherit() {
+	defer clear(w.forks)
+	if len(w.mapped) == 0 {
+		return
+	}
+	has := maps.Clone(w.mapped)
+	for _, child := range slices.SortedFunc(maps.Keys(w.forks), func(a, b int) int { return cmp.Compare(w.forks[a].at, w.forks[b].at) }) {
+		f := w.forks[child]
+		if at, ok := has[f.parent]; !ok || f.at < at {
+			continue
+		}
+		if _, ok := has[child]; !ok {
+			has[child] = f.at
+			if !f.over {
+				w.mapped[child] = f.at
+			}
+		}
+	}
+}
+
+// over notes that a process has no more what it was forked with.
+func (w *watcher) over(pid int) {
+	if f, ok := w.forks[pid]; ok {
+		f.over = true
+		w.forks[pid] = f
+	}
+}
+
 // tellMapped tells of new code, once of each process.
 func (w *watcher) tellMapped() {
 	if len(w.mapped) > 0 {
@@ -283,10 +326,18 @@ func (w *watcher) tell(m message) {
 	switch m.what {
 	case eventExec:
 		e.Kind, e.Told = target.Started, w.perf != nil
+		w.over(m.pid)
 	case eventFork:
 		e.Kind, e.Parent, e.Told = target.Forked, m.parent, w.perf != nil
+		if w.perf != nil {
+			w.forks[m.pid] = fork{parent: m.parent, at: m.at}
+		}
+		if at, ok := w.mapped[m.parent]; ok && at <= m.at {
+			w.mapped[m.pid] = m.at
+		}
 	case eventExit:
 		delete(w.mapped, m.pid) // nobody need look at it any more
+		w.over(m.pid)
 		status := unix.WaitStatus(m.status)
 		e.Kind, e.Code = target.Exited, uint32(max(status.ExitStatus(), 0))
 		if status.Signaled() {
