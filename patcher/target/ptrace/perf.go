@@ -181,9 +181,11 @@ func (p *perf) drain(take func(newCode)) (lost bool, err error) {
 	}
 	p.counted = time.Now()
 	text, err := os.ReadFile(onlineCPUs)
-	if err == nil && string(text) == p.cpus && slept()-p.slept < time.Second && time.Since(p.opened) < perfRenew {
+	same := err == nil && string(text) == p.cpus && slept()-p.slept < time.Second
+	if same && time.Since(p.opened) < perfRenew {
 		return lost, nil
 	}
+	lost = lost || !same // a processor told nothing since it came
 	// The new ones first: nothing is lost between them.
 	old := p.rings
 	p.rings = nil

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"slices"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -137,6 +138,39 @@ func TestRing(t *testing.T) {
 	r.page.Data_head += perfRing + 8
 	if _, lost, err := read(); !lost || !errors.Is(err, errRecords) {
 		t.Errorf("overwritten: %v, %v", lost, err)
+	}
+}
+
+// Where there are other processors than before, or there was a sleep, nobody knows
+// what those did that were not watched.
+func TestPerfBeginsAnew(t *testing.T) {
+	epoll, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	must(t, "epoll", err)
+	defer unix.Close(epoll)
+	p, err := openPerf(epoll)
+	if err != nil {
+		t.Skipf("needs perf events: %v", err)
+	}
+	defer p.close()
+	now := time.Now()
+	for _, c := range []struct {
+		name       string
+		change     func()
+		anew, lost bool
+	}{
+		{"looked at a moment ago", func() { p.cpus = "0-99\n" }, false, false},
+		{"other processors", func() { p.cpus, p.counted = "0-99\n", now.Add(-perfRecount) }, true, true},
+		{"after a sleep", func() { p.slept, p.counted = p.slept-time.Minute, now.Add(-perfRecount) }, true, true},
+		{"as before", func() { p.counted = now.Add(-perfRecount) }, false, false},
+		{"long ago", func() { p.opened, p.counted = now.Add(-perfRenew), now.Add(-perfRecount) }, true, false},
+	} {
+		cpus, first := p.cpus, p.rings[0]
+		c.change()
+		lost, err := p.drain(func(newCode) {})
+		if anew := p.rings[0] != first; lost != c.lost || err != nil || anew != c.anew {
+			t.Errorf("%s: begun anew %v, lost %v, %v, want %v, %v", c.name, anew, lost, err, c.anew, c.lost)
+		}
+		p.cpus = cpus
 	}
 }
 
