@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"hotpatchd/patcher/target"
@@ -33,11 +34,12 @@ type traceReader interface {
 const (
 	// traceBehind is how many events the reader of the channel may be behind.
 	traceBehind = 4096
-	// traceCheck is how often a session is asked what it lost: a loss may cost
-	// patching that much more time than the scan does.
+	// traceCheck is how often a session is asked what it lost, and a loss is told at
+	// most: it may cost patching that much more time than the scan does.
 	traceCheck = time.Second
 	// traceAgain is the wait before a session that somebody ended is begun anew,
-	// twice as long each time, up to traceAgainMost: whoever does so may go on.
+	// twice as long each time, up to traceAgainMost: whoever does so may go on. One
+	// that has lasted for that long is as the first.
 	traceAgain     = time.Minute
 	traceAgainMost = time.Hour
 	// traceClose bounds the wait for the thread that reads, when its session is
@@ -63,6 +65,8 @@ type traceWatch struct {
 	mu     sync.Mutex
 	events chan target.Event // nil when it is closed: then nothing is sent
 	lost   bool              // since the last Lost that was told
+
+	unread atomic.Bool // records that could not be read, since the last check
 }
 
 func (w *traceWatch) begin() (traceReader, error) {
@@ -79,18 +83,23 @@ func (w *traceWatch) run(ctx context.Context, r traceReader) {
 		close(w.events)
 		w.events = nil
 	}()
-	for {
+	for pause := traceAgain; ; {
+		from := time.Now()
 		w.read(ctx, r)
 		if ctx.Err() != nil {
 			return
 		}
+		if time.Since(from) >= traceAgainMost {
+			pause = traceAgain
+		}
 		w.tell(target.Event{Kind: target.Lost, At: time.Now()})
-		for pause := traceAgain; ; pause = min(2*pause, traceAgainMost) {
+		for {
 			select {
 			case <-ctx.Done():
 				return
 			case <-time.After(pause):
 			}
+			pause = min(2*pause, traceAgainMost)
 			var err error
 			if r, err = w.begin(); err == nil {
 				break
@@ -118,7 +127,7 @@ func (w *traceWatch) read(ctx context.Context, r traceReader) {
 			open = false
 		case <-check.C:
 			n, err := w.t.lost()
-			if err == nil && n > told {
+			if unread := w.unread.Swap(false); unread || err == nil && n > told {
 				w.tell(target.Event{Kind: target.Lost, At: time.Now()})
 			}
 			told, open = n, err == nil
@@ -136,8 +145,13 @@ func (w *traceWatch) read(ctx context.Context, r traceReader) {
 	}
 }
 
+// deliver hands on what a record tells. Losses are told together: of a version of
+// Windows that is not known all records are, and each costs a look at all.
 func (w *traceWatch) deliver(r record) {
-	if e, ok := r.event(); ok {
+	switch e, ok := r.event(); {
+	case ok && e.Kind == target.Lost:
+		w.unread.Store(true)
+	case ok:
 		w.tell(e)
 	}
 }

@@ -60,6 +60,13 @@ func (f *fakeETW) begin(deliver func(record)) (traceReader, error) {
 	return f.session, nil
 }
 
+// sessions is how many there have been.
+func (f *fakeETW) sessions() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.begun)
+}
+
 func (f *fakeETW) lost() (uint64, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -202,6 +209,58 @@ func TestTraceLoses(t *testing.T) {
 		f.session.deliver(aStart)
 		if got := heardOn(c); !same(got, target.Lost, target.Started) {
 			t.Errorf("told: %v", got)
+		}
+		end()
+	})
+}
+
+// Records that cannot be read are told together, however many there are.
+func TestTraceUnread(t *testing.T) {
+	f := &fakeETW{}
+	play(t, f, func(c <-chan target.Event, end func()) {
+		for range 3 {
+			for range traceBehind {
+				f.session.deliver(record{provider: kernelProcess, id: processStart, version: 200})
+			}
+			f.session.deliver(record{provider: lostEvent})
+			f.session.deliver(aStart)
+			if got := heardOn(c); !same(got, target.Started) {
+				t.Errorf("told at once: %d, %v", len(got), got[:min(len(got), 3)])
+			}
+			time.Sleep(traceCheck + traceCheck/2)
+			if got := heardOn(c); !same(got, target.Lost) {
+				t.Errorf("told: %v", got)
+			}
+		}
+		end()
+	})
+}
+
+// Somebody ends each session as soon as it has begun: he is asked later and later,
+// and as at first when one has lasted.
+func TestTraceEndedAgain(t *testing.T) {
+	f := &fakeETW{}
+	play(t, f, func(c <-chan target.Event, end func()) {
+		ends := func() time.Duration {
+			t.Helper()
+			n, at := f.sessions(), time.Now()
+			f.stop()
+			for again := false; !again; again = f.sessions() > n {
+				time.Sleep(time.Second)
+				heardOn(c) // waits for all
+			}
+			return time.Since(at)
+		}
+		want := traceAgain
+		for range 10 {
+			if took := ends(); took < want || took > want+2*time.Second {
+				t.Errorf("begun anew after %v, want %v", took, want)
+			}
+			want = min(2*want, traceAgainMost)
+		}
+		time.Sleep(traceAgainMost)
+		if took := ends(); took > traceAgain+2*time.Second {
+			t.Errorf("begun anew after %v, though the last one had lasted", took)
 		}
 		end()
 	})
