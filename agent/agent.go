@@ -293,7 +293,7 @@ func (a *Agent) Run(ctx context.Context) error {
 			}
 		case e, ok := <-a.ends:
 			if ok {
-				a.takeEvents(e)
+				a.takeEnd(e, time.Now())
 			} else {
 				a.ends = nil
 			}

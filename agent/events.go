@@ -149,7 +149,13 @@ func (a *Agent) takeEvent(e target.Event, now time.Time) {
 			a.watchOver(e.PID, young{since: now, start: at, told: e.Told, next: now})
 		}
 	case target.Exited:
-		a.heardOfEnd(e)
+		// Where lives are followed nobody else is believed about how they end: on
+		// Windows any process can write such events.
+		if id := a.lives[e.PID]; a.followed == nil {
+			a.heardOfEnd(e)
+		} else if id.Start == e.Start && !a.followed[id] {
+			a.endedWithFiles(a.procs[id], e)
+		}
 		// It may be the end of an older process with this pid.
 		if y := a.starts.young[e.PID]; y != nil && !y.start.IsZero() && !at.Before(y.start) {
 			delete(a.starts.young, e.PID)

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"slices"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -29,6 +30,14 @@ func (a *Agent) followEnds(ctx context.Context) {
 		return
 	}
 	a.ends = ends
+}
+
+// takeEnd notes what is told of a life that is followed.
+func (a *Agent) takeEnd(e target.Event, now time.Time) {
+	if e.Kind == target.Exited {
+		a.heardOfEnd(e)
+	}
+	a.takeEvent(e, now)
 }
 
 // follow takes hold of those that a decision is about, before anything is done

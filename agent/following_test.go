@@ -162,7 +162,7 @@ func TestNotFollowed(t *testing.T) {
 	r.runs(102, "R1")
 	r.inLoop(func(a *Agent) {
 		id := a.lives[102]
-		a.takeEvent(target.Event{Kind: target.Exited, PID: 102, Start: id.Start + 1, Code: 0xC0000005, Status: true}, time.Now())
+		a.takeEnd(target.Event{Kind: target.Exited, PID: 102, Start: id.Start + 1, Code: 0xC0000005, Status: true}, time.Now())
 		if l := a.vigil.lives[id]; l == nil || !l.ended.IsZero() {
 			t.Errorf("another life's end ended it: %+v", l)
 		}
@@ -225,10 +225,30 @@ func TestFilesOfOneThatIsGone(t *testing.T) {
 		if _, there := a.lives[101]; there {
 			t.Fatal("it is not gone")
 		}
-		a.takeEvent(target.Event{Kind: target.Exited, PID: 101, Start: id.Start, Code: 0xC0000005, Status: true, At: time.Now()}, time.Now())
+		a.takeEnd(target.Event{Kind: target.Exited, PID: 101, Start: id.Start, Code: 0xC0000005, Status: true, At: time.Now()}, time.Now())
 		a.Wake()
 	})
 	lines("attention baseline-crash")
+}
+
+// Where lives are followed, how they end is told by those who have hold of them
+// alone: what anybody can write is no crash of another one's process.
+func TestEndsThatAreMadeUp(t *testing.T) {
+	r, c := closedRig(t)
+	r.begin(100, "mingw/app.dll")
+	r.runs(100, "R1")
+	must(t, r.pass())
+	r.inLoop(func(a *Agent) {
+		id := a.lives[100]
+		for _, start := range []uint64{id.Start, 0} {
+			a.takeEvent(target.Event{Kind: target.Exited, PID: 100, Start: start, Code: 0xC0000005, Status: true, At: time.Now()}, time.Now())
+			if l := a.vigil.lives[id]; l == nil || !l.ended.IsZero() {
+				t.Errorf("anybody can end it: %+v", l)
+			}
+		}
+	})
+	c.end(t, r, 100, 0)
+	r.seen("R1", 1, 0)
 }
 
 // deaf is a machine that tells nothing, as a container.
