@@ -60,7 +60,8 @@ const (
 	maxSigns = 8
 	// unseenAfter is how long the word on how a process ended may come after the process is gone.
 	unseenAfter = 2 * time.Second
-	// maxPrograms bounds the programs that are remembered; beyond it those that ran least go.
+	// maxPrograms bounds the programs that are remembered; beyond it those that ran
+	// least go, and of cases those of whoever has most of them, see leastCase.
 	maxPrograms = 500
 	// maxRan is when what was seen of a program without a release is halved, so
 	// that last year does not outweigh this week.
@@ -297,11 +298,24 @@ func (v *vigil) forget() {
 		delete(v.without, least)
 	}
 	for len(v.with) > maxPrograms {
-		for key := range v.with {
-			delete(v.with, key)
-			delete(v.inside, key)
-			delete(v.signs, key)
-			break
-		}
+		key := v.leastCase()
+		delete(v.with, key)
+		delete(v.inside, key)
+		delete(v.signs, key)
 	}
+}
+
+// leastCase is the case that is forgotten first: of the owner who has the most, so
+// that nobody drives out those of others, one that ended badly least often, and of
+// those the one that ran least.
+func (v *vigil) leastCase() caseKey {
+	has := map[string]int{}
+	for key := range v.with {
+		has[key.owner]++
+	}
+	return slices.MinFunc(slices.Collect(maps.Keys(v.with)), func(a, b caseKey) int {
+		x, y := v.with[a], v.with[b]
+		return cmp.Or(cmp.Compare(has[b.owner], has[a.owner]), cmp.Compare(x.Crashes+x.Failures, y.Crashes+y.Failures), cmp.Compare(x.Ran, y.Ran),
+			cmp.Compare(a.owner, b.owner), cmp.Compare(a.release, b.release), cmp.Compare(a.program, b.program))
+	})
 }

@@ -138,3 +138,39 @@ func TestVigilTime(t *testing.T) {
 		}
 	})
 }
+
+// Of too many cases those go that say least, of whoever has the most: nobody drives
+// out what is known of others.
+func TestVigilForgets(t *testing.T) {
+	v := newVigil()
+	v.window = 10 * time.Minute
+	pid, runs := 0, map[string]time.Time{"R": at(0)}
+	life := func(owner, program string, how guard.Ending, minutes float64) {
+		pid++
+		v.living(target.ID{PID: pid, Start: 1}, owner, program, runs, at(0))
+		v.end(pid, how, "", true, at(minutes))
+	}
+	life("", "short", guard.Crash, 0.1)
+	life("", "calm", guard.Normal, 0.1)
+	life("mallory", "short", guard.Crash, 0.1)
+	for n := range 2 * maxPrograms {
+		life("mallory", fmt.Sprint("app ", n), guard.Normal, 1+float64(n)/1000)
+	}
+	v.turn(nobody, at(20))
+	if len(v.with) != maxPrograms || len(v.inside) != 2 || len(v.signs) != 2 {
+		t.Errorf("%d cases, %d inside, %d signs", len(v.with), len(v.inside), len(v.signs))
+	}
+	for key, want := range map[caseKey]bool{
+		{"", "calm", "R"}:                                     true,
+		{"", "short", "R"}:                                    true,
+		{"mallory", "short", "R"}:                             true,
+		{"mallory", "app 0", "R"}:                             false,
+		{"mallory", fmt.Sprint("app ", maxPrograms+2), "R"}:   false,
+		{"mallory", fmt.Sprint("app ", maxPrograms+3), "R"}:   true,
+		{"mallory", fmt.Sprint("app ", 2*maxPrograms-1), "R"}: true,
+	} {
+		if v.with[key] != nil != want {
+			t.Errorf("%v is kept: %v", key, !want)
+		}
+	}
+}
