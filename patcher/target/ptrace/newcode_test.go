@@ -21,7 +21,7 @@ import (
 )
 
 // mapper reserves memory and, told so, maps a file executable over it, without
-// touching it. With another argument it forks at once.
+// touching it. With another argument it forks at once, or touches it.
 const mapper = `
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -33,7 +33,8 @@ int main(int argc, char **argv) {
 	puts("ready"); fflush(stdout);
 	if (argc < 2 || getchar() < 0) return 1;
 	if (mmap(at, 4096, PROT_READ | PROT_EXEC, MAP_PRIVATE | MAP_FIXED, open(argv[1], O_RDONLY), 0) == MAP_FAILED) return 1;
-	if (argc > 2 && !fork()) pause();
+	if (argc > 2 && *argv[2] == 'f' && !fork()) pause();
+	if (argc > 2 && *argv[2] == 't' && !*(volatile char *)at) return 1;
 	puts("mapped"); fflush(stdout);
 	while (getchar() >= 0);
 	return 0;
@@ -120,6 +121,53 @@ func buildMapper(t *testing.T) string {
 	return program
 }
 
+// TestListUntoldCode: where nobody tells of new code a bare process is looked at
+// each time, as any other.
+func TestListUntoldCode(t *testing.T) {
+	b := newBackend(t)
+	b.news.begin(false)
+	c := exec.Command(buildMapper(t), hosttest.Fixture(t, "mingw/app.dll"), "touch")
+	in, err := c.StdinPipe()
+	must(t, "pipe", err)
+	out, err := c.StdoutPipe()
+	must(t, "pipe", err)
+	must(t, "start", c.Start())
+	t.Cleanup(func() { in.Close(); c.Process.Kill(); c.Wait() })
+	said := bufio.NewScanner(out)
+	said.Scan()
+	look := func() target.Info {
+		t.Helper()
+		list, err := b.List(t.Context())
+		must(t, "List", err)
+		k := slices.IndexFunc(list, func(i target.Info) bool { return i.PID == c.Process.Pid })
+		if k < 0 {
+			t.Fatal("it is not in the list")
+		}
+		return list[k]
+	}
+	was := look()
+	for range 3 {
+		was = look()
+	}
+	if !was.Bare {
+		t.Fatal("it is not bare before")
+	}
+	fmt.Fprintln(in, "map")
+	if said.Scan(); said.Text() != "mapped" {
+		t.Fatalf("it says %q", said.Text())
+	}
+	b.round = -uint64(c.Process.Pid)
+	for range statRounds - 1 { // then all are looked at
+		if i := look(); i.Change != was.Change {
+			if i.Bare {
+				t.Error("it is bare with a PE image")
+			}
+			return
+		}
+	}
+	t.Error("Lists do not see what was mapped")
+}
+
 // TestForkTold is TestForkedWithNewCode with real processes, whenever their events
 // are read.
 func TestForkTold(t *testing.T) {
@@ -163,17 +211,10 @@ func TestForkTold(t *testing.T) {
 // TestForkedWithNewCode: the child of a process that got new code right before has
 // it too, and is told of whichever comes first to be read of, the code or the fork.
 func TestForkedWithNewCode(t *testing.T) {
-	r := &ring{page: &unix.PerfEventMmapPage{}, data: make([]byte, perfRing)}
-	w := &watcher{perf: &perf{rings: []*ring{r}, counted: time.Now(), record: make([]byte, 1<<16)}, news: &news{}, elfs: &elfs{},
-		mapped: map[int]uint64{}, forks: map[int]fork{}, events: make(chan target.Event, 100)}
+	w, put := ringWatcher(100)
 	const parent, child, grandchild = 5, 6, 7
 	code := func(pid int, at uint64) func() {
-		return func() {
-			for _, c := range mmap2(pid, 8, 1, 3, "/app.dll", at, 0) {
-				r.data[r.page.Data_head%perfRing] = c
-				r.page.Data_head++
-			}
-		}
+		return func() { put(mmap2(pid, 8, 1, 3, "/app.dll", at, 0)) }
 	}
 	tell := func(m message) func() { return func() { w.tell(m) } }
 	forked := func(pid, by int, at uint64) func() {
@@ -223,5 +264,53 @@ func TestForkedWithNewCode(t *testing.T) {
 				t.Errorf("new code is told of %v, want %v", got, c.want)
 			}
 		})
+	}
+}
+
+// ringWatcher has one ring, into which put writes as the kernel does.
+func ringWatcher(events int) (w *watcher, put func(record []byte)) {
+	r := &ring{page: &unix.PerfEventMmapPage{}, data: make([]byte, perfRing)}
+	w = &watcher{perf: &perf{rings: []*ring{r}, counted: time.Now(), record: make([]byte, 1<<16)}, news: &news{}, elfs: &elfs{}, self: 77,
+		mapped: map[int]uint64{}, forks: map[int]fork{}, events: make(chan target.Event, events)}
+	w.news.begin(true)
+	w.news.take()
+	return w, func(record []byte) {
+		for _, c := range record {
+			r.data[r.page.Data_head%perfRing] = c
+			r.page.Data_head++
+		}
+	}
+}
+
+// TestMappedTold: of which new code is told at once, and which is for the next List.
+func TestMappedTold(t *testing.T) {
+	for _, c := range []struct {
+		name        string
+		record      []byte
+		told, noted bool
+	}{
+		{"a file", mmap2(5, 8, 1, 3, "/app.dll", 9, 0), true, true},
+		{"no file", mmap2(5, 0, 0, 0, "//anon", 9, 0), true, true},
+		{"an ELF file", mmap2(5, 8, 1, 4, "/lib.so", 9, 0), false, true},
+		{"the kernel's", mmap2(5, 0, 0, 0, "[vdso]", 9, 0), false, false},
+		{"ours", mmap2(77, 8, 1, 3, "/app.dll", 9, 0), false, false},
+	} {
+		w, put := ringWatcher(1)
+		w.elfs.add(inode{makeDevice(8, 1), 4})
+		put(c.record)
+		put(c.record) // once of each process
+		w.readMapped()
+		w.tellMapped()
+		if told, noted := len(w.events) == 1, len(w.news.take().pids) == 1; told != c.told || noted != c.noted || w.lost {
+			t.Errorf("%s: told %v, for the next List %v, want %v, %v; lost %v", c.name, told, noted, c.told, c.noted, w.lost)
+		}
+	}
+	w, put := ringWatcher(1)
+	put(mmap2(5, 8, 1, 3, "/app.dll", 9, 0))
+	put(mmap2(6, 8, 1, 3, "/app.dll", 9, 0))
+	w.readMapped()
+	w.tellMapped()
+	if !w.lost || !w.news.take().untold {
+		t.Error("one is told more than can be taken, and nothing is lost")
 	}
 }
