@@ -137,13 +137,17 @@ func TestGuardianEndsUnseen(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer p.Close()
-	f := freezes(t, p)
-	endGuardian(t, b)
-	_, err = p.WriteAt([]byte{1}, target.Addr(h.Scratch()))
-	wantError(t, "WriteAt without a guardian", err, target.ErrBusy, "the guardian has ended")
-	unheld(t, h, 0, "after the refusal")
-	if err := f.Thaw(); err != nil {
-		t.Error(err)
+	for name, ask := range map[string]func(target.Frozen) error{
+		"WriteAt": func(target.Frozen) error { _, err := p.WriteAt([]byte{1}, target.Addr(h.Scratch())); return err },
+		"Threads": func(f target.Frozen) error { _, err := f.Threads(); return err },
+	} {
+		f := freezes(t, p)
+		endGuardian(t, b)
+		wantError(t, name+" without a guardian", ask(f), target.ErrBusy, "the guardian has ended")
+		unheld(t, h, 0, "after the refusal")
+		if err := f.Thaw(); err != nil {
+			t.Error(err)
+		}
 	}
 	seen := false // by the last step of a Freeze
 	for end := time.Now().Add(winhosttest.Patience); !seen && time.Now().Before(end); {
