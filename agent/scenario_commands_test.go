@@ -155,12 +155,11 @@ func (s *script) doFact(words []string) error {
 		f.Problem = "access denied"
 	}
 	s.mu.Lock()
+	defer s.mu.Unlock() // nobody reads the fact before the clock is moved
 	s.facts[eligibility.ID(arg(words, 0))] = f
-	s.mu.Unlock()
-	if s.life == nil {
-		return nil
+	if s.life != nil {
+		s.clock.Add(int64(factsEvery)) // the device is looked at anew once an hour
 	}
-	s.clock.Add(int64(factsEvery)) // the device is looked at anew once an hour
 	return nil
 }
 

@@ -106,7 +106,7 @@ type openImages struct {
 	Remedy            control.Remedy
 	Images, Processes int
 	Since, Again      time.Time
-	Denied            bool // by the policy's deny, every one of them
+	Kept              string // where the remedy is the policy: who keeps them so, see keptBy
 }
 
 type repositoryPlot struct {
@@ -363,15 +363,49 @@ func (t *teller) images() {
 		case control.RemedyBaseline:
 			next, waits = "nothing by itself: the baseline ends it", control.WaitsForRestart
 		case control.RemedyPolicy:
-			next, waits = "nothing by itself: stays so until somebody lets the daemon in", control.WaitsForPolicy
-			if i.Denied {
-				next = "nothing by itself: stays so until deny is changed"
-			}
+			next, waits = keptEnds(i.Kept)
 		case control.RemedyAuthor:
 			next = "nothing by itself: a release that fits ends it"
 		}
 		t.tell(string(i.State), "", what, i.Since, next, at, waits)
 	}
+}
+
+// What keeps images as they are, where a person's word ends it.
+const (
+	keptByDeny   = "deny"         // a rule of the policy
+	keptByGuard  = "guard"        // out of one user's processes
+	keptByScope  = "out-of-scope" // the configuration
+	keptByBounds = "too-many"     // images of the same kind in one process
+	keptBySystem = ""             // it does not let the daemon in
+)
+
+// keptBy tells who keeps an image as it is.
+func keptBy(im control.Image) string {
+	switch {
+	case im.Remedy != control.RemedyPolicy:
+		return ""
+	case im.ReasonCode == "denied" && strings.HasPrefix(im.Reason, byDeny):
+		return keptByDeny
+	case im.ReasonCode == keptByGuard, im.ReasonCode == keptByScope, im.ReasonCode == keptByBounds:
+		return im.ReasonCode
+	}
+	return keptBySystem
+}
+
+// keptEnds says what ends that, and whom it waits for.
+func keptEnds(by string) (next, waits string) {
+	switch by {
+	case keptByDeny:
+		return "nothing by itself: stays so until deny is changed", control.WaitsForPolicy
+	case keptByGuard:
+		return "nothing by itself: stays so until hotpatch release-hold of the release, or a newer one", control.WaitsForOperator
+	case keptByScope:
+		return "nothing by itself: stays so until [repository] images says otherwise", control.WaitsForConfig
+	case keptByBounds:
+		return "nothing by itself: stays so until the process has fewer such images", control.WaitsForEnd
+	}
+	return "nothing by itself: stays so until somebody lets the daemon in", control.WaitsForPolicy
 }
 
 // watches are what runs, and ends well if nothing happens.
@@ -416,13 +450,13 @@ func openOf(d control.Processes, again map[control.ImageState]time.Time, since f
 			if !im.State.Open() || elsewhere[im.ReasonCode] {
 				continue
 			}
-			k := slices.IndexFunc(out, func(o openImages) bool { return o.State == im.State && o.Remedy == im.Remedy })
+			by := keptBy(im)
+			k := slices.IndexFunc(out, func(o openImages) bool { return o.State == im.State && o.Remedy == im.Remedy && o.Kept == by })
 			if k < 0 {
 				k = len(out)
-				out = append(out, openImages{State: im.State, Remedy: im.Remedy, Since: im.Since.Time, Again: again[im.State], Denied: true})
+				out = append(out, openImages{State: im.State, Remedy: im.Remedy, Since: im.Since.Time, Again: again[im.State], Kept: by})
 			}
 			o := &out[k]
-			o.Denied = o.Denied && im.ReasonCode == "denied" && strings.HasPrefix(im.Reason, byDeny)
 			if o.Images++; im.Since.Before(o.Since) {
 				o.Since = im.Since.Time
 			}
@@ -439,7 +473,7 @@ func openOf(d control.Processes, again map[control.ImageState]time.Time, since f
 	}
 	rank := func(s control.ImageState) int { return slices.Index(control.ImageStates, s) }
 	slices.SortFunc(out, func(x, y openImages) int {
-		return cmp.Or(cmp.Compare(rank(x.State), rank(y.State)), strings.Compare(string(x.Remedy), string(y.Remedy)))
+		return cmp.Or(cmp.Compare(rank(x.State), rank(y.State)), strings.Compare(string(x.Remedy), string(y.Remedy)), strings.Compare(x.Kept, y.Kept))
 	})
 	return out
 }

@@ -152,8 +152,12 @@ func TestStory(t *testing.T) {
 		"loading":       {func(p *plot) { p.Loading = []string{"R2"} }, "loading|R2 is being fetched and verified||it is applied as soon as it is||time"},
 		"busy":          {images(control.Busy, control.RemedyWait, later), "busy|2 images in 1 process are busy|before|tried again|3h|process"},
 		"denied":        {images(control.Blocked, control.RemedyPolicy, time.Time{}), "blocked|2 images in 1 process are blocked|before|nothing by itself: stays so until somebody lets the daemon in||policy"},
-		"denied by the policy": {both(images(control.Blocked, control.RemedyPolicy, time.Time{}), func(p *plot) { p.Images[0].Denied = true }),
+		"denied by the policy": {both(images(control.Blocked, control.RemedyPolicy, time.Time{}), func(p *plot) { p.Images[0].Kept = keptByDeny }),
 			"blocked|2 images in 1 process are blocked|before|nothing by itself: stays so until deny is changed||policy"},
+		"kept by the guard": {both(images(control.Unpatched, control.RemedyPolicy, time.Time{}), func(p *plot) { p.Images[0].Kept = keptByGuard }),
+			"unpatched|2 images in 1 process are unpatched|before|nothing by itself: stays so until hotpatch release-hold of the release, or a newer one||operator"},
+		"out of scope": {both(images(control.Blocked, control.RemedyPolicy, time.Time{}), func(p *plot) { p.Images[0].Kept = keptByScope }),
+			"blocked|2 images in 1 process are blocked|before|nothing by itself: stays so until [repository] images says otherwise||configuration"},
 		"halted, and in force": {func(p *plot) { p.Halted = []haltedHere{{"app", "R2", "its publisher halted it: slow", before}} },
 			"halted|R2 is in force, and its publisher halted it: slow|before|it stays where it is; a newer one replaces it||publisher"},
 		"older file":  {images(control.Blocked, control.RemedyRestartProcess, time.Time{}), "blocked|2 images in 1 process are blocked|before|nothing by itself: a restart of the process ends it||end"},
@@ -216,7 +220,7 @@ func TestOpenImages(t *testing.T) {
 			im(control.Patched, "", "", time.Hour), im(control.OtherBuild, "identity", control.RemedyAuthor, time.Hour)}},
 		{Images: []control.Image{im(control.Blocked, "denied", control.RemedyPolicy, time.Minute), im(control.Busy, "stack", control.RemedyWait, time.Minute)}},
 		{Images: []control.Image{im(control.Unpatched, "held", control.RemedyPolicy, time.Hour), im(control.PendingImage, "canary", control.RemedyWait, time.Hour),
-			im(control.Blocked, "older-file", control.RemedyRestartProcess, time.Hour)}},
+			im(control.Blocked, "older-file", control.RemedyRestartProcess, time.Hour), im(control.Blocked, "out-of-scope", control.RemedyPolicy, time.Hour)}},
 	}}
 	soon, old := noon.Add(time.Second), noon.Add(-50*time.Hour)
 	got := openOf(d, map[control.ImageState]time.Time{control.Busy: soon}, func(s control.ImageState) time.Time {
@@ -226,9 +230,10 @@ func TestOpenImages(t *testing.T) {
 		return time.Time{}
 	})
 	want := []openImages{
-		{control.Busy, control.RemedyWait, 1, 1, noon.Add(-time.Minute), soon, false},
-		{control.Blocked, control.RemedyPolicy, 3, 2, old, time.Time{}, true},
-		{control.Blocked, control.RemedyRestartProcess, 1, 1, old, time.Time{}, false},
+		{control.Busy, control.RemedyWait, 1, 1, noon.Add(-time.Minute), soon, ""},
+		{control.Blocked, control.RemedyPolicy, 3, 2, old, time.Time{}, keptByDeny},
+		{control.Blocked, control.RemedyPolicy, 1, 1, old, time.Time{}, keptByScope},
+		{control.Blocked, control.RemedyRestartProcess, 1, 1, old, time.Time{}, ""},
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("got  %+v\nwant %+v", got, want)

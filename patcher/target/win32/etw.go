@@ -223,6 +223,9 @@ func (etw) open(session uint64, deliver func(record)) (*etwReader, error) {
 	h, _, err := openTrace.Call(uintptr(unsafe.Pointer(f)))
 	if r.h = uint64(h); r.h == invalidTrace {
 		r.forget()
+		if err == syscall.Errno(0) { // it failed, and must not be taken for a reader
+			err = windows.ERROR_INVALID_HANDLE
+		}
 		return nil, traceError(openTrace, err.(syscall.Errno))
 	}
 	return r, nil
