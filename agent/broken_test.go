@@ -26,6 +26,7 @@ func TestBrokenStateEndsTheDaemon(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("needs a system that lets others cut and remove an open file")
 	}
+	t.Parallel()
 	for name, damage := range map[string]func(dir string) error{
 		"cut":            func(dir string) error { return os.Truncate(filepath.Join(dir, "state.db"), 8192) },
 		"folder removed": os.RemoveAll,
@@ -48,6 +49,7 @@ func TestBrokenStateEndsTheDaemon(t *testing.T) {
 			"pause": func(ctx context.Context, c *control.Client) error { _, err := c.Pause(ctx); return err },
 		} {
 			t.Run(name+", asked by "+who, func(t *testing.T) {
+				t.Parallel()
 				r := sweepRig(t, works()[1]) // patched by R1
 				ctx, cancel := context.WithTimeout(context.Background(), patience)
 				defer cancel()

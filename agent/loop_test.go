@@ -112,6 +112,7 @@ func forge(t *testing.T, base target.Addr, rva uint32, product, id string, bytes
 // A process whose memory claims to be patched by us is not believed: what is no
 // id is passed over, and a release that is named falsely is said to be so.
 func TestForgedClaims(t *testing.T) {
+	t.Parallel()
 	rva, err := rvaOf("mingw/app.dll", "vuln")
 	must(t, err)
 	const base = 0x7100_0000_0000

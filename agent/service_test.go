@@ -510,7 +510,8 @@ func TestNothingRunsOn(t *testing.T) {
 			return err.Error()
 		}
 		for _, stack := range strings.Split(b.String(), "\n\n") {
-			if strings.Contains(stack, "hotpatchd/") && !strings.Contains(stack, "TestNothingRunsOn") {
+			waits := strings.Contains(stack, "testing.(*T).Parallel(") // a test whose turn has not come
+			if strings.Contains(stack, "hotpatchd/") && !strings.Contains(stack, "TestNothingRunsOn") && !waits {
 				return stack
 			}
 		}

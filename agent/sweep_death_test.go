@@ -12,6 +12,7 @@ import (
 // The daemon dies at every operation of every kind of work, in the middle of
 // writes too, and starts again.
 func TestDeathAtEveryOperation(t *testing.T) {
+	t.Parallel()
 	for _, w := range works() {
 		t.Run(w.name, func(t *testing.T) {
 			t.Parallel()

@@ -398,6 +398,7 @@ func TestListThatHangs(t *testing.T) {
 	if testing.Short() {
 		t.Skip("needs the time that a list is given")
 	}
+	t.Parallel()
 	r, s := slowRig(t, 1)
 	must(t, r.start())
 	defer func() { must(t, errors.Join(r.judge(), r.stop())) }()

@@ -45,6 +45,7 @@ func TestYear(t *testing.T) {
 	if testing.Short() {
 		t.Skip("needs some twenty seconds of a processor")
 	}
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		time.Sleep(time.Until(time.Date(2027, 1, 1, 9, 0, 0, 0, time.UTC)))
 		y := newYear(t)
