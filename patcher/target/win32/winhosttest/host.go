@@ -4,6 +4,7 @@ package winhosttest
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -65,12 +66,21 @@ const (
 // Start starts a host and ends it with the test.
 func Start(t testing.TB, o Options) *Host {
 	t.Helper()
-	h, err := Launch(t, o)
-	if err != nil {
-		t.Fatalf("cannot start a host: %v", err)
+	for try := 1; ; try++ {
+		h, err := Launch(t, o)
+		switch {
+		case err == nil:
+			return h
+		case !errors.Is(err, windows.ERROR_INTERNAL_ERROR) || try == starts:
+			t.Fatalf("cannot start a host: %v", err)
+		}
+		t.Logf("try %d: %v", try, err)
 	}
-	return h
 }
+
+// starts is how often a host is started: Wine 8 now and then answers
+// STATUS_INTERNAL_ERROR to CreateProcess where very many are started.
+const starts = 3
 
 // Launch is Start for those who deal with the error themselves.
 func Launch(t testing.TB, o Options) (*Host, error) {
