@@ -57,27 +57,8 @@ func TestListNewCode(t *testing.T) {
 				must(t, "stat", unix.Stat(dll, &s))
 				b.elfs.add(inode{makeDevice(uint64(unix.Major(s.Dev)), uint64(unix.Minor(s.Dev))), s.Ino})
 			}
-			c := exec.Command(program, dll)
-			in, err := c.StdinPipe()
-			must(t, "pipe", err)
-			out, err := c.StdoutPipe()
-			must(t, "pipe", err)
-			must(t, "start", c.Start())
-			t.Cleanup(func() { in.Close(); c.Process.Kill(); c.Wait() })
-			said := bufio.NewScanner(out)
-			said.Scan()
-			look := func() target.Info {
-				t.Helper()
-				list, err := b.List(t.Context())
-				must(t, "List", err)
-				for _, i := range list {
-					if i.PID == c.Process.Pid {
-						return i
-					}
-				}
-				t.Fatal("it is not in the list")
-				panic("")
-			}
+			pid, mapIt := startMapper(t, program, dll)
+			look := func() target.Info { return listed(t, b, pid) }
 			was := look()
 			for same := 0; same < 4; same++ {
 				time.Sleep(watchNews)
@@ -88,10 +69,7 @@ func TestListNewCode(t *testing.T) {
 			if !was.Bare {
 				t.Fatal("it is not bare before")
 			}
-			fmt.Fprintln(in, "map")
-			if said.Scan(); said.Text() != "mapped" {
-				t.Fatalf("it says %q", said.Text())
-			}
+			mapIt()
 			for range 3 { // far fewer than statRounds
 				if i := look(); i.Change != was.Change {
 					if i.Bare {
@@ -121,12 +99,10 @@ func buildMapper(t *testing.T) string {
 	return program
 }
 
-// TestListUntoldCode: where nobody tells of new code a bare process is looked at
-// each time, as any other.
-func TestListUntoldCode(t *testing.T) {
-	b := newBackend(t)
-	b.news.begin(false)
-	c := exec.Command(buildMapper(t), hosttest.Fixture(t, "mingw/app.dll"), "touch")
+// startMapper starts a mapper, and gives back what has it map, once it says that it is ready.
+func startMapper(t *testing.T, program string, args ...string) (pid int, mapIt func()) {
+	t.Helper()
+	c := exec.Command(program, args...)
 	in, err := c.StdinPipe()
 	must(t, "pipe", err)
 	out, err := c.StdoutPipe()
@@ -135,16 +111,34 @@ func TestListUntoldCode(t *testing.T) {
 	t.Cleanup(func() { in.Close(); c.Process.Kill(); c.Wait() })
 	said := bufio.NewScanner(out)
 	said.Scan()
-	look := func() target.Info {
+	return c.Process.Pid, func() {
 		t.Helper()
-		list, err := b.List(t.Context())
-		must(t, "List", err)
-		k := slices.IndexFunc(list, func(i target.Info) bool { return i.PID == c.Process.Pid })
-		if k < 0 {
-			t.Fatal("it is not in the list")
+		fmt.Fprintln(in, "map")
+		if said.Scan(); said.Text() != "mapped" {
+			t.Fatalf("it says %q", said.Text())
 		}
-		return list[k]
 	}
+}
+
+// listed is what a List says of a process.
+func listed(t *testing.T, b *backend, pid int) target.Info {
+	t.Helper()
+	list, err := b.List(t.Context())
+	must(t, "List", err)
+	k := slices.IndexFunc(list, func(i target.Info) bool { return i.PID == pid })
+	if k < 0 {
+		t.Fatal("it is not in the list")
+	}
+	return list[k]
+}
+
+// TestListUntoldCode: where nobody tells of new code a bare process is looked at
+// each time, as any other.
+func TestListUntoldCode(t *testing.T) {
+	b := newBackend(t)
+	b.news.begin(false)
+	pid, mapIt := startMapper(t, buildMapper(t), hosttest.Fixture(t, "mingw/app.dll"), "touch")
+	look := func() target.Info { return listed(t, b, pid) }
 	was := look()
 	for range 3 {
 		was = look()
@@ -152,11 +146,8 @@ func TestListUntoldCode(t *testing.T) {
 	if !was.Bare {
 		t.Fatal("it is not bare before")
 	}
-	fmt.Fprintln(in, "map")
-	if said.Scan(); said.Text() != "mapped" {
-		t.Fatalf("it says %q", said.Text())
-	}
-	b.round = -uint64(c.Process.Pid)
+	mapIt()
+	b.round = -uint64(pid)
 	for range statRounds - 1 { // then all are looked at
 		if i := look(); i.Change != was.Change {
 			if i.Bare {
