@@ -56,11 +56,12 @@ func (x *Area) Stage(s Set, boot string, now time.Time) (Record, error) {
 		if err != nil {
 			return Record{}, err
 		}
-		if e.Old == e.New {
-			continue // there already
-		}
+		// Also what is there already: another set that put it there may take it back.
 		if err := x.unclaimed(s.Product, e.Destination); err != nil {
 			return Record{}, err
+		}
+		if e.Old == e.New {
+			continue
 		}
 		if slices.ContainsFunc(r.Files, func(o Entry) bool { return SamePlace(o.Destination, e.Destination) }) {
 			return Record{}, refuse(CodePath, e.Destination, "it is named twice")
