@@ -4,6 +4,7 @@ package baseline
 
 import (
 	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -340,5 +341,35 @@ func TestSpelling(t *testing.T) {
 		if CheckWindows(s) == nil {
 			t.Errorf("%q is taken", s)
 		}
+	}
+}
+
+// The same trouble reads the same each time, also where it names a file of ours: their names are random.
+func TestSameTroubleSameWords(t *testing.T) {
+	d := newDisk(t)
+	said := map[string]bool{}
+	for range 3 {
+		d.x.fault = func(step string) error {
+			if strings.HasPrefix(step, "keep ") {
+				names, _ := filepath.Glob(d.path("*/.*" + newSuffix))
+				for _, name := range names {
+					if err := os.Mkdir(strings.TrimSuffix(name, newSuffix)+oldSuffix, 0o700); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			return nil
+		}
+		_, err := d.x.Stage(d.set(), "boot-1", noon)
+		var r *Refusal
+		if !errors.As(err, &r) || r.Code != CodeIO || !errors.Is(err, fs.ErrExist) {
+			t.Fatal(err)
+		}
+		said[err.Error()] = true
+		d.x.fault = nil
+		d.tidy()
+	}
+	if len(said) != 1 {
+		t.Errorf("%d texts: %v", len(said), said)
 	}
 }

@@ -79,24 +79,44 @@ func (x *Area) Stage(s Set, boot string, now time.Time) (Record, error) {
 	if err != nil {
 		return Record{}, err
 	}
+	back := func(err error) (Record, error) {
+		return Record{}, nameless{errors.Join(err, x.clear(r, now)), r.Files}
+	}
 	for _, e := range r.Files {
 		if err := x.place(e, contents[e.Destination]); err != nil {
-			return Record{}, errors.Join(err, x.clear(r, now))
+			return back(err)
 		}
 	}
 	if err := x.syncFolders(r); err != nil {
-		return Record{}, errors.Join(refuse(CodeIO, r.Files[0].Destination, "%w", err), x.clear(r, now))
+		return back(refuse(CodeIO, r.Files[0].Destination, "%w", err))
 	}
 	if x.mover != nil {
 		if r, err = x.schedule(r, boot, now); err != nil {
-			return Record{}, errors.Join(err, x.clear(r, now))
+			return back(err)
 		}
 	}
 	staged, err := x.reached(r, Staged, boot, now)
 	if err != nil {
-		return Record{}, errors.Join(err, x.clear(r, now))
+		return back(err)
 	}
 	return staged, nil
+}
+
+// nameless is an error without the random part of our names: the same trouble
+// reads the same each time, and can be told once.
+type nameless struct {
+	error
+	files []Entry
+}
+
+func (n nameless) Unwrap() error { return n.error }
+
+func (n nameless) Error() string {
+	text := n.error.Error()
+	for _, e := range n.files {
+		text = strings.ReplaceAll(text, filepath.Base(e.Stem), ".*")
+	}
+	return text
 }
 
 // Weigh tells what Stage would say of a set, writing nothing: nil if it would
