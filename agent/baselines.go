@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -135,8 +136,15 @@ func (a *Agent) takeEffect(r baseline.Record) {
 		return
 	}
 	w := a.wishes()
+	word, out := w.word(r.Release, a.allOffers())
+	// The word that was against it may have ended while we were away. Windows has moved the files by now.
+	if r.Phase == baseline.Leaving && !out && a.lost().Code == "" && runtime.GOOS != "windows" {
+		if a.keepFiles(r); a.setOf(r.Release).Phase == baseline.Active {
+			return
+		}
+	}
 	if r.Phase == baseline.Staged {
-		if word, out := w.word(r.Release, a.allOffers()); out {
+		if out {
 			a.unstage(r, word)
 			return
 		}
