@@ -34,6 +34,7 @@ type wishes struct {
 	Defer     time.Duration        // after publication
 	Installed map[string]bool      // ids the operator asked for, for what mode, deferral and rollouts hold back
 	InForce   map[string]string    // product → id in force
+	Before    map[string]string    // product → id that was in force before, where nobody has yet what is
 	Begun     map[string]bool      // ids that came into a process here
 	Floors    map[string]uint32    // product and baseline → highest sequence ever in force
 	Ends      time.Time            // of the metadata
@@ -140,11 +141,12 @@ func allowed(o repository.Offer, d device, w wishes, now time.Time, fresh bool) 
 	// What is in force stays so while its publisher only says that nobody else should take it.
 	// In force is not yet had: it may wait for hours, or for a process.
 	inForce := w.InForce[o.Product] == o.ID
-	has := inForce && w.had(o)
+	stays := w.Before[o.Product] == o.ID
+	has := inForce && w.had(o) || stays
 	if o.Rollout.Halt && (o.Rollout.Undo || !has) {
 		return halted(o), false
 	}
-	if at := w.Returns[o.ID]; now.Before(at) && !inForce {
+	if at := w.Returns[o.ID]; now.Before(at) && !inForce && !stays {
 		return because("returns", "its publisher has halted it, undone it and released it again and again: it comes back %s", stamp(at)), false
 	}
 	// Nor does a policy that wants to be asked let in what nobody has yet.
@@ -202,7 +204,8 @@ func early(o repository.Offer, deferral time.Duration, now time.Time) reason {
 // pure. A hotpatch is cumulative: the highest sequence that fits and is
 // allowed replaces all lower ones. Below the highest sequence ever in force
 // only somebody's word leads, about what is in force: one that takes it out, or
-// that keeps it out where nobody has it yet.
+// that keeps it out where nobody has it yet. What was in force before that then
+// goes on, as if the other had never come.
 func choose(offers []repository.Offer, d device, w wishes, now time.Time, fresh bool) map[string]choice {
 	byProduct := map[string][]repository.Offer{}
 	for _, o := range offers {
@@ -230,7 +233,7 @@ func choose(offers []repository.Offer, d device, w wishes, now time.Time, fresh 
 			o := &list[i]
 			r, ok := allowed(*o, d, w, now, fresh)
 			floor := w.Floors[floorKey(*o)]
-			below := !down && w.InForce[product] != o.ID && o.Sequence < floor
+			below := !down && w.InForce[product] != o.ID && w.Before[product] != o.ID && o.Sequence < floor
 			if ok && below {
 				r, ok = because("rollback", "sequence %d is below %d, which was in force here", o.Sequence, floor), false
 			}

@@ -35,6 +35,9 @@ type inForce struct {
 	Severity string       `json:"severity"`
 	CVEs     []string     `json:"cves"`
 	Since    control.Time `json:"since"`
+	// Before is what was in force before, and was had by somebody: it goes on
+	// if this one is kept out before anybody has it.
+	Before string `json:"before,omitempty"`
 }
 
 // state is the state file: all of what is kept over a restart.

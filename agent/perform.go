@@ -164,7 +164,7 @@ func (a *Agent) comeIntoForce(ctx context.Context, v View, w wishes, work []Inte
 			}
 		}
 		// Pause and eligibility hold back what is new, not the way back.
-		gated := o != nil && (!v.Eligible || v.Paused.Code != "") && taken[product] <= o.Sequence
+		gated := o != nil && (!v.Eligible || v.Paused.Code != "") && taken[product] <= o.Sequence && w.Before[product] != o.ID
 		gated = gated || o != nil && v.Lost.Code != "" && !v.Chosen[o.ID]
 		moved := false
 		switch {
@@ -194,10 +194,25 @@ func (a *Agent) outgrown(product, id string) bool {
 	return !slices.ContainsFunc(a.allRecords(), func(r patcher.Record) bool { return r.Release == id && r.Live() })
 }
 
+// before is what goes on if id, which comes into force, is kept out before anybody has it.
+func (a *Agent) before(w wishes, product, id string) string {
+	now := w.InForce[product]
+	if stays, ok := w.Before[product]; ok {
+		now = stays
+	} else if o, ok := a.offerOf(now); !ok || !w.had(o) {
+		return ""
+	}
+	if _, out := w.word(now, a.allOffers()); out || now == id {
+		return ""
+	}
+	return now
+}
+
 // setInForce notes the release of a product in force, with its sequence floor;
 // nil: none. why is what takes the one before out, "" if nothing does. It reports
 // whether that is on disk.
 func (a *Agent) setInForce(product string, o *repository.Offer, why string) bool {
+	w := a.wishes()
 	err := a.update(func(tx *store.Tx) error {
 		all := inForceIn(tx)
 		e := control.HistoryEntry{Product: product}
@@ -209,7 +224,7 @@ func (a *Agent) setInForce(product string, o *repository.Offer, why string) bool
 			delete(all, product)
 		} else {
 			before := all[product].ID
-			all[product] = inForce{ID: o.ID, Sequence: o.Sequence, Month: o.Month, Title: o.Title, Severity: o.Severity, CVEs: o.CVEs, Since: control.At(a.o.Now())}
+			all[product] = inForce{ID: o.ID, Sequence: o.Sequence, Month: o.Month, Title: o.Title, Severity: o.Severity, CVEs: o.CVEs, Since: control.At(a.o.Now()), Before: a.before(w, product, o.ID)}
 			if err := tx.RaiseFloor(floorKey(*o), int64(o.Sequence)); err != nil {
 				var low *store.FloorError
 				if !errors.As(err, &low) {

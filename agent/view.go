@@ -107,7 +107,7 @@ func (a *Agent) lost() (r reason) {
 
 // wishes gathers holds, installs, what is in force and the floors.
 func (a *Agent) wishes() wishes {
-	w := wishes{Products: a.o.Config.Repository.Products, Mode: Automatic, Returns: map[string]time.Time{}, Installed: map[string]bool{}, InForce: map[string]string{}, Begun: map[string]bool{},
+	w := wishes{Products: a.o.Config.Repository.Products, Mode: Automatic, Returns: map[string]time.Time{}, Installed: map[string]bool{}, InForce: map[string]string{}, Before: map[string]string{}, Begun: map[string]bool{},
 		Floors: map[string]uint32{}, Broken: a.broken(), Ends: a.expires}
 	if a.policy != nil && a.policy.Mode != "" {
 		w.Mode = a.policy.Mode
@@ -133,11 +133,14 @@ func (a *Agent) wishes() wishes {
 		for k, n := range floors {
 			w.Floors[k] = uint32(n)
 		}
-		for product, f := range inForceIn(tx) {
-			w.InForce[product] = f.ID
-		}
 		for id := range a.trials {
 			w.Begun[id] = true
+		}
+		for product, f := range inForceIn(tx) {
+			w.InForce[product] = f.ID
+			if o, ok := a.offerOf(f.ID); f.Before != "" && (!ok || !w.had(o)) {
+				w.Before[product] = f.Before
+			}
 		}
 		for id, t := range haltsIn(tx) {
 			w.Returns[id] = t.returns()
