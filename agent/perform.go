@@ -82,8 +82,9 @@ func (a *Agent) round(ctx context.Context, forced string, progress progressFunc)
 	a.tendBaselines(v, w)
 	a.heart.at("bringing releases into force")
 	if a.comeIntoForce(ctx, v, w, work) {
-		v, _ = a.view(forced)
+		v, w = a.view(forced)
 		work = decide(v)
+		a.tendBaselines(v, w) // what came into force may bring files
 	}
 	a.stopClocks(work)
 	a.follow(work)
