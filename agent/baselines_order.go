@@ -118,6 +118,12 @@ func (a *Agent) phaseOf(id string) onDisk {
 	return ""
 }
 
+// inPlace tells whether a release's files are those on the disk.
+func (a *Agent) inPlace(id string) bool {
+	p := a.setOf(id).Phase
+	return p == baseline.Active || p == baseline.Leaving || a.bases.inPlace[id]
+}
+
 // setOf is a release's set of files, the zero record if there is none.
 func (a *Agent) setOf(id string) baseline.Record {
 	if a.bases.area != nil {

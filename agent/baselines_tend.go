@@ -154,7 +154,7 @@ func (a *Agent) staged(o repository.Offer, r baseline.Record, err error) {
 	what := map[string]string{release.KindBaseline: "baseline", release.KindHotpatch: "what is on disk after it"}[o.Kind]
 	switch {
 	case errors.Is(err, baseline.ErrInPlace):
-		a.bases.inPlace[o.ID] = true
+		a.foundInPlace(o.Product, o.ID)
 		delete(a.bases.refused, o.ID)
 		if o.Kind == release.KindBaseline {
 			a.stand(o.Product, standing{ID: o.ID, Month: o.Month, Sequence: o.Sequence, Since: control.At(a.o.Now()), Builds: o.Files})
@@ -169,6 +169,21 @@ func (a *Agent) staged(o repository.Offer, r baseline.Record, err error) {
 		a.log.Info("files staged for the next restart", zap.String("release", o.ID), zap.Int("files", len(r.Files)))
 		a.hub.send(control.Event{Type: control.EventState, Text: o.ID + " is staged and takes effect at the next restart of the device", Scope: control.Scope{Public: true}})
 	}
+}
+
+// foundInPlace notes that a release's files are in their places, and no old ones are kept.
+func (a *Agent) foundInPlace(product, id string) {
+	a.bases.inPlace[id] = true
+	_ = a.update(func(tx *store.Tx) error { // an error is said by update
+		all := inForceIn(tx)
+		f := all[product]
+		if f.ID != id || f.OnDisk {
+			return nil
+		}
+		f.OnDisk = true
+		all[product] = f
+		return setting(tx, settingInForce, all)
+	})
 }
 
 // refuseSet remembers why a release's files are not staged, or took no effect. It
@@ -232,7 +247,7 @@ func (a *Agent) proveIfDue(r baseline.Record, now time.Time) {
 	}
 	delete(a.bases.seen, r.Release)
 	delete(a.bases.ahead, r.Release)
-	a.bases.inPlace[r.Release] = true
+	a.foundInPlace(r.Product, r.Release)
 	if s, ok := a.bases.standing[r.Product]; ok && s.ID == r.Release {
 		s.Previous = nil
 		a.stand(r.Product, s)

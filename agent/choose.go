@@ -36,6 +36,7 @@ type wishes struct {
 	InForce   map[string]string    // product → id in force
 	Before    map[string]string    // product → id that was in force before, where nobody has yet what is
 	Begun     map[string]bool      // ids that came into a process here
+	OnDisk    map[string]bool      // hotpatches in force whose files took effect here
 	Floors    map[string]uint32    // product and baseline → highest sequence ever in force
 	Ends      time.Time            // of the metadata
 	Returns   map[string]time.Time // id → when it may come back after its publisher took it out again and again
@@ -122,9 +123,9 @@ func outOfScope(product string) reason {
 }
 
 // had tells of a release in force whether it came to anybody: into a process, by
-// the operator's word, or as files.
+// the operator's word, or as files. What is only staged nobody has.
 func (w wishes) had(o repository.Offer) bool {
-	return w.Begun[o.ID] || w.Installed[o.ID] || len(o.Files) > 0
+	return w.Begun[o.ID] || w.Installed[o.ID] || w.OnDisk[o.ID] || o.Kind == release.KindBaseline
 }
 
 // allowed tells whether an offer that fits may come into force here and now.

@@ -38,6 +38,8 @@ type inForce struct {
 	// Before is what was in force before, and was had by somebody: it goes on
 	// if this one is kept out before anybody has it.
 	Before string `json:"before,omitempty"`
+	// OnDisk: its files took effect, and proved themselves.
+	OnDisk bool `json:"on_disk,omitempty"`
 }
 
 // state is the state file: all of what is kept over a restart.

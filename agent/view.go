@@ -107,7 +107,7 @@ func (a *Agent) lost() (r reason) {
 
 // wishes gathers holds, installs, what is in force and the floors.
 func (a *Agent) wishes() wishes {
-	w := wishes{Products: a.o.Config.Repository.Products, Mode: Automatic, Returns: map[string]time.Time{}, Installed: map[string]bool{}, InForce: map[string]string{}, Before: map[string]string{}, Begun: map[string]bool{},
+	w := wishes{Products: a.o.Config.Repository.Products, Mode: Automatic, Returns: map[string]time.Time{}, Installed: map[string]bool{}, InForce: map[string]string{}, Before: map[string]string{}, OnDisk: map[string]bool{}, Begun: map[string]bool{},
 		Floors: map[string]uint32{}, Broken: a.broken(), Ends: a.expires}
 	if a.policy != nil && a.policy.Mode != "" {
 		w.Mode = a.policy.Mode
@@ -137,7 +137,7 @@ func (a *Agent) wishes() wishes {
 			w.Begun[id] = true
 		}
 		for product, f := range inForceIn(tx) {
-			w.InForce[product] = f.ID
+			w.InForce[product], w.OnDisk[f.ID] = f.ID, f.OnDisk || a.inPlace(f.ID)
 			if o, ok := a.offerOf(f.ID); f.Before != "" && (!ok || !w.had(o)) {
 				w.Before[product] = f.Before
 			}
