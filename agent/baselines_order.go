@@ -40,7 +40,7 @@ func (a *Agent) installFiles(ctx context.Context, c control.Caller, o repository
 		}
 		delete(a.bases.refused, o.ID)
 		a.dirty = true
-		a.pass(a.runCtx(), "", nil) // takes back what is staged for another, and begins
+		a.pass(a.runCtx(), "", nil) // begins
 		ours = a.phaseOf(o.ID) == "" && !a.bases.busy[o.Product]
 		a.bases.busy[o.Product] = a.bases.busy[o.Product] || ours
 	})
@@ -48,8 +48,8 @@ func (a *Agent) installFiles(ctx context.Context, c control.Caller, o repository
 		return nil, err
 	}
 	if ours {
-		r, serr := a.stageSet(ctx, o)
-		err = a.call(ctx, func() { delete(a.bases.busy, o.Product); a.staged(o, r, serr) })
+		r, gone, serr := a.stageSet(ctx, o)
+		err = a.call(ctx, func() { delete(a.bases.busy, o.Product); a.staged(o, r, gone, serr) })
 	} else {
 		err = a.waitStaged(ctx, o)
 	}

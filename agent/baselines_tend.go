@@ -34,8 +34,6 @@ func (a *Agent) tendBaselines(v View, w wishes) {
 		if a.bases.busy[r.Product] {
 			continue
 		}
-		o, another := wanted[r.Product]
-		another = another && o.ID != r.Release
 		word, out := v.Word(r.Release)
 		switch {
 		case r.Phase == baseline.Staged && !out && a.haltedSince(r.Release):
@@ -43,8 +41,6 @@ func (a *Agent) tendBaselines(v View, w wishes) {
 			a.unstage(r, halted(o))
 		case r.Phase == baseline.Staged && out:
 			a.unstage(r, word)
-		case r.Phase == baseline.Staged && another:
-			a.unstage(r, because("superseded", "%s replaces it", o.ID))
 		case r.Phase == baseline.Active && out:
 			a.bringBack(r, word)
 		case r.Phase == baseline.Leaving && !out:
@@ -55,7 +51,8 @@ func (a *Agent) tendBaselines(v View, w wishes) {
 	}
 	there := map[string]bool{}
 	for _, r := range a.bases.area.Records() {
-		there[r.Product] = true
+		// What is staged for another release stays until that can take its place.
+		there[r.Product] = r.Phase != baseline.Staged || r.Release == wanted[r.Product].ID
 	}
 	for product, o := range wanted {
 		_, stops := a.stopsFiles(w, o.ID)
@@ -77,46 +74,68 @@ func (a *Agent) haltedSince(id string) bool {
 // stage fetches a release and writes its files beside their destinations. It
 // runs beside the loop: there may be much to write.
 func (a *Agent) stage(o repository.Offer) {
-	r, err := a.stageSet(a.runCtx(), o)
+	r, gone, err := a.stageSet(a.runCtx(), o)
 	a.post(func() {
 		delete(a.bases.busy, o.Product)
 		a.dirty = true
-		a.staged(o, r, err)
+		a.staged(o, r, gone, err)
 		a.Wake()
 	})
 }
 
-func (a *Agent) stageSet(ctx context.Context, o repository.Offer) (baseline.Record, error) {
+// stageSet stages a release's files. gone is what was staged of another one, and
+// is taken back for it: only when nothing is known that keeps the new one out.
+func (a *Agent) stageSet(ctx context.Context, o repository.Offer) (r, gone baseline.Record, err error) {
 	b, err := a.bytesOf(ctx, o)
 	if err != nil {
-		return baseline.Record{}, err
+		return r, gone, err
 	}
-	r, err := release.Open(b)
+	rel, err := release.Open(b)
 	if err != nil {
-		return baseline.Record{}, err
+		return r, gone, err
 	}
-	if err := o.Agrees(&r.Manifest); err != nil {
-		return baseline.Record{}, err
+	if err := o.Agrees(&rel.Manifest); err != nil {
+		return r, gone, err
 	}
-	if unknown := unknownFeatures(r.Requires.Features); len(unknown) > 0 {
-		return baseline.Record{}, fmt.Errorf("it needs the feature %q, which this daemon does not have", unknown[0])
+	if unknown := unknownFeatures(rel.Requires.Features); len(unknown) > 0 {
+		return r, gone, fmt.Errorf("it needs the feature %q, which this daemon does not have", unknown[0])
 	}
 	stands := standing{ID: o.ID, Month: o.Month, Sequence: o.Sequence, Builds: o.Files}
-	for _, f := range r.Files {
+	for _, f := range rel.Files {
 		stands.Places = append(stands.Places, f.Destination)
 	}
 	info, err := json.Marshal(staging{Kind: o.Kind, Standing: stands})
 	if err != nil {
-		return baseline.Record{}, err
+		return r, gone, err
 	}
 	s := baseline.Set{Product: o.Product, Release: o.ID, Info: info}
-	for i, f := range r.Files {
+	for i, f := range rel.Files {
 		if own, is := a.ownFile(f.Destination); is {
-			return baseline.Record{}, fmt.Errorf("%s: the daemon's own %s is nobody's to replace", f.Destination, own)
+			return r, gone, fmt.Errorf("%s: the daemon's own %s is nobody's to replace", f.Destination, own)
 		}
-		s.Files = append(s.Files, baseline.File{Destination: f.Destination, SHA256: f.SHA256, Replaces: f.Replaces, Content: r.FileBytes(i)})
+		s.Files = append(s.Files, baseline.File{Destination: f.Destination, SHA256: f.SHA256, Replaces: f.Replaces, Content: rel.FileBytes(i)})
 	}
-	return a.bases.area.Stage(s, a.o.Boot, a.o.Now())
+	if old := a.stagedOf(o.Product); old.Release != "" && old.Release != o.ID {
+		if err := a.bases.area.Weigh(s); err != nil && !errors.Is(err, baseline.ErrInPlace) {
+			return r, gone, err
+		}
+		if err := a.bases.area.Unstage(o.Product, a.o.Now()); err != nil {
+			return r, gone, err
+		}
+		gone = old
+	}
+	r, err = a.bases.area.Stage(s, a.o.Boot, a.o.Now())
+	return r, gone, err
+}
+
+// stagedOf is what is staged of a product, the zero record if nothing is.
+func (a *Agent) stagedOf(product string) baseline.Record {
+	for _, r := range a.bases.area.Records() {
+		if r.Product == product && r.Phase == baseline.Staged {
+			return r
+		}
+	}
+	return baseline.Record{}
 }
 
 // ownFile: state, configuration, policy, what is trusted and the running program
@@ -150,7 +169,10 @@ func (a *Agent) ownFile(destination string) (what string, is bool) {
 }
 
 // staged takes in what staging came to.
-func (a *Agent) staged(o repository.Offer, r baseline.Record, err error) {
+func (a *Agent) staged(o repository.Offer, r, gone baseline.Record, err error) {
+	if gone.Release != "" {
+		a.tookBack(gone, because("superseded", "%s replaces it", o.ID))
+	}
 	what := map[string]string{release.KindBaseline: "baseline", release.KindHotpatch: "what is on disk after it"}[o.Kind]
 	switch {
 	case errors.Is(err, baseline.ErrInPlace):
@@ -207,6 +229,10 @@ func (a *Agent) unstage(r baseline.Record, why reason) {
 		a.log.Error("cannot take back what is staged", zap.String("release", r.Release), zap.Error(err))
 		return
 	}
+	a.tookBack(r, why)
+}
+
+func (a *Agent) tookBack(r baseline.Record, why reason) {
 	a.dirty = true
 	a.history(own, control.HistoryEntry{Action: "baseline-unstaged", Product: r.Product, Release: r.Release, Text: "its files do not take effect: " + why.Text})
 	a.log.Info("what was staged is taken back", zap.String("release", r.Release), zap.String("why", why.Text))
