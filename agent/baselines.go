@@ -144,6 +144,9 @@ func (a *Agent) takeEffect(r baseline.Record) {
 		}
 	}
 	if r.Phase == baseline.Staged {
+		if !out {
+			word, out = a.barred(w, r.Release)
+		}
 		if out {
 			a.unstage(r, word)
 			return

@@ -35,10 +35,10 @@ func (a *Agent) tendBaselines(v View, w wishes) {
 			continue
 		}
 		word, out := v.Word(r.Release)
+		if r.Phase == baseline.Staged && !out {
+			word, out = a.barred(w, r.Release)
+		}
 		switch {
-		case r.Phase == baseline.Staged && !out && a.haltedSince(r.Release):
-			o, _ := a.offerOf(r.Release)
-			a.unstage(r, halted(o))
 		case r.Phase == baseline.Staged && out:
 			a.unstage(r, word)
 		case r.Phase == baseline.Active && out:
@@ -64,11 +64,20 @@ func (a *Agent) tendBaselines(v View, w wishes) {
 	}
 }
 
-// haltedSince: its publisher says that nobody else should take it; what is
-// staged has not been taken yet.
-func (a *Agent) haltedSince(id string) bool {
+// barred tells what keeps out files that are only staged: their publisher says
+// that nobody else should take them, or the policy wants to be asked by now. What
+// is staged has not been taken yet.
+func (a *Agent) barred(w wishes, id string) (reason, bool) {
 	o, ok := a.offerOf(id)
-	return ok && o.Rollout.Halt
+	switch had := o.Kind == release.KindHotpatch && w.InForce[o.Product] == id && w.had(o); {
+	case !ok:
+	case o.Rollout.Halt:
+		return halted(o), true
+	case had || w.Installed[id]:
+	default:
+		return w.asked(id)
+	}
+	return reason{}, false
 }
 
 // stage fetches a release and writes its files beside their destinations. It

@@ -151,17 +151,15 @@ func allowed(o repository.Offer, d device, w wishes, now time.Time, fresh bool) 
 		return because("returns", "its publisher has halted it, undone it and released it again and again: it comes back %s", stamp(at)), false
 	}
 	// Nor does a policy that wants to be asked let in what nobody has yet.
-	asked := w.Mode == Manual || w.Mode == Approved && !slices.Contains(w.Approve, o.ID)
+	ask, asked := w.asked(o.ID)
 	if has || inForce && !asked || w.Installed[o.ID] && fresh {
 		return reason{}, true
 	}
 	switch {
 	case !fresh && !inForce:
 		return because("expired", "the repository's metadata ended %s: nothing new comes into force", stamp(w.Ends)), false
-	case w.Mode == Manual:
-		return because("manual", "the policy says mode = \"manual\""), false
-	case w.Mode == Approved && !slices.Contains(w.Approve, o.ID):
-		return because("not-approved", "the policy's approve does not list it"), false
+	case asked:
+		return ask, false
 	case d.Place >= o.Rollout.Percent:
 		return because("ring", "its rollout has reached %d %% of devices, this one is at %d", o.Rollout.Percent, d.Place), false
 	}
@@ -169,6 +167,17 @@ func allowed(o repository.Offer, d device, w wishes, now time.Time, fresh bool) 
 		return r, false
 	}
 	return reason{}, true
+}
+
+// asked tells whether the policy wants to be asked before it lets a release in.
+func (w wishes) asked(id string) (reason, bool) {
+	switch {
+	case w.Mode == Manual:
+		return because("manual", "the policy says mode = \"manual\""), true
+	case w.Mode == Approved && !slices.Contains(w.Approve, id):
+		return because("not-approved", "the policy's approve does not list it"), true
+	}
+	return reason{}, false
 }
 
 // opens is when neither its publisher nor the policy's deferral keeps an offer
