@@ -39,6 +39,8 @@ func (a *Agent) tendBaselines(v View, w wishes) {
 			word, out = a.barred(w, r.Release)
 		}
 		switch {
+		case r.Phase == baseline.Staging || r.Phase == baseline.Clearing:
+			a.tidy(r)
 		case r.Phase == baseline.Staged && out:
 			a.unstage(r, word)
 		case r.Phase == baseline.Active && out:
@@ -236,6 +238,7 @@ func (a *Agent) refuseSet(product, id, code string, err error) {
 func (a *Agent) unstage(r baseline.Record, why reason) {
 	if err := a.bases.area.Unstage(r.Product, a.o.Now()); err != nil {
 		a.log.Error("cannot take back what is staged", zap.String("release", r.Release), zap.Error(err))
+		a.leftOver(r, err)
 		return
 	}
 	a.tookBack(r, why)
@@ -261,6 +264,28 @@ func (a *Agent) bringBack(r baseline.Record, why reason) {
 		Text: "its old files take effect again at the next restart of the device: " + why.Text})
 }
 
+// tidy ends what could not be removed when it was over: nothing else of its
+// product is staged before.
+func (a *Agent) tidy(r baseline.Record) {
+	if a.o.Now().Before(a.bases.refused[r.Release].again) {
+		return
+	}
+	if err := a.bases.area.Tidy(r.Product, a.o.Now()); err != nil {
+		a.leftOver(r, err)
+		return
+	}
+	delete(a.bases.refused, r.Release)
+	a.dirty = true
+	a.history(own, control.HistoryEntry{Action: "baseline-cleared", Product: r.Product, Release: r.Release, Text: "what lay beside its files is removed"})
+}
+
+// leftOver says that something lies about of a set that is over.
+func (a *Agent) leftOver(r baseline.Record, err error) {
+	if p := a.setOf(r.Release).Phase; p == baseline.Staging || p == baseline.Clearing {
+		a.refuseSet(r.Product, r.Release, "baseline-left", err)
+	}
+}
+
 func (a *Agent) keepFiles(r baseline.Record) {
 	if _, err := a.bases.area.Stay(r.Product, a.o.Boot, a.o.Now()); err != nil {
 		a.refuseSet(r.Product, r.Release, "baseline-leaving", err)
@@ -278,6 +303,7 @@ func (a *Agent) proveIfDue(r baseline.Record, now time.Time) {
 	}
 	if err := a.bases.area.Prove(r.Product, now); err != nil {
 		a.log.Error("cannot remove old files", zap.String("release", r.Release), zap.Error(err))
+		a.leftOver(r, err)
 		return
 	}
 	delete(a.bases.seen, r.Release)

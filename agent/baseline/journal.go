@@ -17,7 +17,8 @@ import (
 // Phase is how far the work on one set has come.
 type Phase string
 
-// The phases. Those marked with * are passed through: Recover ends them.
+// The phases. Those marked with * are passed through: Recover ends them, and Tidy
+// where something could not be removed.
 const (
 	Staging    Phase = "staging"    // * new files are being written beside the old ones
 	Scheduling Phase = "scheduling" // * the system is being asked to move them at the restart

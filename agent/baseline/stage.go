@@ -314,6 +314,17 @@ func (x *Area) Unstage(product string, now time.Time) error {
 	return x.clear(r, now)
 }
 
+// Tidy tries again to remove what could not be removed when a set was over.
+func (x *Area) Tidy(product string, now time.Time) error {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	r, ok := x.records[product]
+	if !ok || r.Phase != Staging && r.Phase != Clearing {
+		return ErrNoSet
+	}
+	return x.clear(r, now)
+}
+
 // clear removes every name of ours and ends the set's story. The destinations
 // stay as they are.
 func (x *Area) clear(r Record, now time.Time) error {
