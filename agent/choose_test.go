@@ -192,7 +192,7 @@ func drawWishes(t *rapid.T, offers []repository.Offer) wishes {
 	id := rapid.SampledFrom(ids)
 	held := rapid.SliceOfDistinct(id, rapid.ID).Draw(t, "held")
 	w := noWishes()
-	w.Hold = holds(held...)
+	w.Hold, w.Begun, w.Before = holds(held...), map[string]bool{}, map[string]string{}
 	w.Mode = rapid.SampledFrom([]Mode{Automatic, Manual}).Draw(t, "mode")
 	for _, x := range rapid.SliceOfDistinct(id, rapid.ID).Draw(t, "installed") {
 		w.Installed[x] = true
@@ -202,7 +202,11 @@ func drawWishes(t *rapid.T, offers []repository.Offer) wishes {
 	}
 	for _, p := range []string{"app", "demo"} {
 		if rapid.Bool().Draw(t, "has in force") {
-			w.InForce[p] = id.Draw(t, "in force")
+			now := id.Draw(t, "in force")
+			w.InForce[p] = now
+			if w.Begun[now] = rapid.Bool().Draw(t, "had"); !w.Begun[now] && !w.Installed[now] && rapid.Bool().Draw(t, "has before") {
+				w.Before[p] = id.Draw(t, "before")
+			}
 		}
 		w.Floors["sequence/"+p+"/"] = rapid.Uint32Range(0, 5).Draw(t, "floor")
 	}
@@ -230,7 +234,7 @@ func TestChooseNeverWantsWhatIsRefused(t *testing.T) {
 			if o == nil {
 				continue
 			}
-			inForce := w.InForce[product] == o.ID
+			inForce := w.InForce[product] == o.ID || w.Before[product] == o.ID
 			_, heldOut := w.Hold(o.ID)
 			_, isBroken := w.Broken[o.ID]
 			switch {
@@ -253,9 +257,10 @@ func TestChooseNeverWantsWhatIsRefused(t *testing.T) {
 			case !w.inScope(product):
 				t.Fatalf("wants %s out of scope", o.ID)
 			}
-			// Below what was in force only a word leads, and it is about what is in force.
+			// Below what was in force only a word leads, and it is about what is in force:
+			// against it, or against what nobody has yet.
 			if now := w.InForce[product]; !inForce && o.Sequence < w.Floors[floorKey(*o)] && now != "" {
-				if _, out := w.word(now, offers); !out {
+				if _, out := w.word(now, offers); !out && c.Never.Code == "" {
 					t.Fatalf("goes down to %s while %s is in force and nobody is against it", o.ID, now)
 				}
 			}
