@@ -137,8 +137,10 @@ func (a *Agent) takeEffect(r baseline.Record) {
 	}
 	w := a.wishes()
 	word, out := w.word(r.Release, a.allOffers())
-	// The word that was against it may have ended while we were away. Windows has moved the files by now.
-	if r.Phase == baseline.Leaving && !out && a.lost().Code == "" && runtime.GOOS != "windows" {
+	// The word that was against it may have ended while we were away. Who does not
+	// offer it cannot tell. Windows has moved the files by now.
+	_, offered := a.offerOf(r.Release)
+	if r.Phase == baseline.Leaving && !out && offered && a.lost().Code == "" && runtime.GOOS != "windows" {
 		if a.keepFiles(r); a.setOf(r.Release).Phase == baseline.Active {
 			return
 		}

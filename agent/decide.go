@@ -225,12 +225,18 @@ func decideProduct(v View, p *Proc, im *ImageView, product string) (Intent, bool
 		in.Reason = because("older-file", "it started before %s took effect and runs the older file", id)
 		return in, true
 	}
+	waits := c.Want == nil
+	if !same && !waits { // what only a release names that waits is as open as where nothing is in force
+		if _, waits = match(c.Latest, im); waits {
+			in.Offer, named, same = c.Latest, true, true
+		}
+	}
 	switch {
 	case !named:
 		return in, false
 	case !same:
 		return in.otherBuild(), true
-	case c.Want == nil:
+	case waits:
 		in.State, in.Reason, in.Remedy = control.Unpatched, c.Why, remedyFor(c.Why)
 		if blocks[c.Why.Code] {
 			in.State = control.Blocked
