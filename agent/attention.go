@@ -49,7 +49,7 @@ func (a *Agent) attention(v View, w wishes, s *snapshot, holds []control.Hold) [
 		if a.policy == nil {
 			text = "the policy was refused, and there was none before: the device is not enrolled"
 		}
-		add("policy", control.SeverityError, text, "mend "+a.policyFault()+" (hotpatchd check-config shows the place)", now, public)
+		add("policy", control.SeverityError, text, "mend "+a.policyFault()+" (hotpatch policy shows the place)", now, public)
 		out[len(out)-1].About = sincePolicy
 	}
 	a.attendRepository(v.Now, add)
@@ -150,10 +150,24 @@ func heldText(h control.Hold) string {
 	return text
 }
 
+// operatorHolds: an operator, or the health guard, holds a release.
+func (a *Agent) operatorHolds(id string) (is bool) {
+	a.store.View(func(tx *store.Tx) error {
+		all, err := tx.Holds()
+		_, is = all[id]
+		return err
+	})
+	return is
+}
+
 // liftHold is what ends a hold.
 func (a *Agent) liftHold(id string) string {
 	if a.policy != nil && a.policy.Held(id) {
-		return "the owner of the policy decides: take it out of hold in " + a.o.Config.Policy.File
+		todo := "the owner of the policy decides: take it out of hold in " + a.o.Config.Policy.File
+		if a.operatorHolds(id) {
+			todo += ", then hotpatch release-hold " + id
+		}
+		return todo
 	}
 	if o, ok := a.offerOf(id); ok && o.Rollout.Halt { // install would refuse it
 		return "hotpatch release-hold " + id + " lifts the hold; its publisher has halted it, too"

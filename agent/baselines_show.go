@@ -207,7 +207,11 @@ func (a *Agent) attendFiles(f filesShown, add func(code, severity, text, remedy 
 		add("restart-required", control.SeverityWarning, r.text+": "+r.effect, todo, control.At(r.since), public)
 	}
 	for _, b := range f.behind {
-		add("baseline-required", control.SeverityWarning, b.text, string(control.RemedyBaseline), control.At(a.sinceOf(sinceBehind+b.product)), public)
+		todo := string(control.RemedyBaseline)
+		if !b.offered {
+			todo = "nothing here: its publisher has to publish " + b.baseline + " for this device, or " + b.release + " for the baseline that is here"
+		}
+		add("baseline-required", control.SeverityWarning, b.text, todo, control.At(a.sinceOf(sinceBehind+b.product)), public)
 	}
 	for id, r := range a.bases.refused {
 		if _, offered := a.offerOf(id); offered {

@@ -110,8 +110,10 @@ func (a *Agent) ReleaseHold(ctx context.Context, c control.Caller, id, why strin
 		}
 		a.harms = forgiven
 		switch {
+		case a.policy != nil && a.policy.Held(id) && found:
+			return true, "the operator's hold on " + id + " is lifted; the policy still holds it", nil
 		case a.policy != nil && a.policy.Held(id):
-			return found, id + " is still held by the policy", nil
+			return false, id + " is still held by the policy: its owner lifts that", nil
 		case !found:
 			return false, id + " is not held", nil
 		}
@@ -157,7 +159,7 @@ func (a *Agent) setPaused(ctx context.Context, c control.Caller, paused bool) (*
 			text = map[bool]string{true: "it was paused already; nothing to do", false: "it was not paused; nothing to do"}[paused]
 		}
 		if !paused && a.policy != nil && a.policy.Pause {
-			text = "the policy still says pause"
+			text = map[bool]string{true: "resumed, but the policy still says pause", false: "the policy still says pause"}[changed]
 		}
 		if note != "" && err == nil {
 			text += "; " + note

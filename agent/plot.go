@@ -40,7 +40,7 @@ func (a *Agent) plotOf(v View, w wishes, intents []Intent, s *snapshot) plot {
 	if v.Lost.Code != "" {
 		p.Lost = stood("state-damaged")
 	}
-	if a.policy != nil {
+	if a.policy != nil && !a.policy.Absent {
 		p.Good = a.sinceOf(sinceGood + digest(fmt.Sprint(a.shownPolicy)))
 	}
 	if a.policyErr != nil {

@@ -44,7 +44,11 @@ const retryLoadAfter = time.Minute
 func (a *Agent) openRepository() {
 	a.openOutside()
 	defer func() {
-		if at, ok := a.sinces.at[sinceConfig]; ok && a.repoErr != nil {
+		if a.repoErr == nil {
+			return
+		}
+		a.log.Warn("the repository cannot be asked", zap.String("code", a.repoErr.Code), zap.String("why", a.repoErr.Text))
+		if at, ok := a.sinces.at[sinceConfig]; ok {
 			a.repoErr.Since = control.At(at)
 		}
 	}()

@@ -156,6 +156,9 @@ func (a *Agent) wishes() wishes {
 			if h.Reason != "" {
 				text += ": " + h.Reason
 			}
+			if a.policy != nil && a.policy.Held(id) {
+				text += "; and by the policy"
+			}
 			return reason{"held", text}, true
 		}
 		if a.policy != nil && a.policy.Held(id) {

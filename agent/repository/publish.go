@@ -78,6 +78,7 @@ func Publish(dir string, keys Keys, releases [][]byte, opts PublishOptions) (Res
 			return Result{}, err
 		}
 	}
+	p.warnBaselines()
 	if len(p.res.Published) == 0 {
 		return p.report(), nil
 	}
@@ -231,6 +232,23 @@ func (p *publisher) warnSequence(m *release.Manifest) {
 		if o.Kind == m.Kind && o.Product == m.Product && o.Baseline == m.Baseline && o.Sequence >= m.Sequence {
 			p.res.Warnings = append(p.res.Warnings, fmt.Sprintf("%s has sequence %d, but %s with sequence %d is there already and replaces it",
 				m.ID, m.Sequence, o.ID, o.Sequence))
+		}
+	}
+}
+
+// warnBaselines says which of the published releases need a baseline that devices
+// will not find here: it may be on its way, or a slip of the pen.
+func (p *publisher) warnBaselines() {
+	offers, _, err := readOffers(p.set.targets.Signed.Targets)
+	if err != nil {
+		return
+	}
+	for _, o := range offers {
+		there := func(b Offer) bool {
+			return b.Kind == release.KindBaseline && b.Product == o.Product && b.ID == o.Baseline
+		}
+		if o.Baseline != "" && slices.Contains(p.res.Published, o.ID) && !slices.ContainsFunc(offers, there) {
+			p.res.Warnings = append(p.res.Warnings, fmt.Sprintf("%s needs the baseline %s of product %s, which this repository does not have: no device takes it before", o.ID, o.Baseline, o.Product))
 		}
 	}
 }

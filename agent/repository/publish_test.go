@@ -80,6 +80,18 @@ func TestPublishRefusesBadReleases(t *testing.T) {
 	}
 }
 
+func TestPublishWarnsOfBaseline(t *testing.T) {
+	f := newFixture(t)
+	image, stamp := hotpatchImage(t, 1, 5000, 3)
+	res, err := Publish(f.dir, f.keys, [][]byte{containerFor(t, "ACME-B7", "ACME-7", 1, image, stamp)}, f.options())
+	if err != nil || len(res.Warnings) != 1 || !strings.Contains(res.Warnings[0], "ACME-7 needs the baseline ACME-B7 of product acme") {
+		t.Errorf("%q, %v", res.Warnings, err)
+	}
+	if res := f.publish("ACME-8", 8); len(res.Warnings) != 0 {
+		t.Errorf("of a release that needs none, beside one that was told of: %q", res.Warnings)
+	}
+}
+
 func TestPublishWarnsOfSequence(t *testing.T) {
 	f := newFixture(t)
 	f.publish("ACME-5", 5)

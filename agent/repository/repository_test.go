@@ -61,8 +61,14 @@ func container(t testing.TB, id string, sequence uint32, n int) []byte {
 
 func containerOf(t testing.TB, id string, sequence uint32, image []byte, stamp uint32) []byte {
 	t.Helper()
+	return containerFor(t, "", id, sequence, image, stamp)
+}
+
+// containerFor is containerOf a release for a baseline.
+func containerFor(t testing.TB, baseline, id string, sequence uint32, image []byte, stamp uint32) []byte {
+	t.Helper()
 	sum := sha256.Sum256(image)
-	m := &release.Manifest{Format: release.Format, ID: id, Product: "acme", Kind: release.KindHotpatch, Month: "2026-11", Sequence: sequence,
+	m := &release.Manifest{Format: release.Format, ID: id, Product: "acme", Kind: release.KindHotpatch, Month: "2026-11", Sequence: sequence, Baseline: baseline,
 		Images: []release.Image{{Name: "app.dll", Arch: "amd64", File: "images/app-1.dll", Size: int64(len(image)), SHA256: hex.EncodeToString(sum[:]),
 			Base: pe.Identity{Machine: 0x8664, SizeOfImage: 65536, TimeDateStamp: stamp, ImageBase: 0x7ffff80000000,
 				TextSHA256: fmt.Sprintf("%064x", 1)}}}}
