@@ -54,6 +54,8 @@ type Options struct {
 	// HostEvents tells, until ctx ends, when the machine has slept, its clock was
 	// set, or its network has changed: WatchHost. nil: nobody tells.
 	HostEvents func(ctx context.Context, tell func(what string))
+	// Slept is how long the machine has been asleep since its start; nil: it never is.
+	Slept func() time.Duration
 	// SystemImage tells whether the operating system hotpatches the image of a
 	// file itself; nil: none.
 	SystemImage func(path string) bool
@@ -88,6 +90,7 @@ type Agent struct {
 	verdict        eligibility.Verdict
 	requirements   map[eligibility.ID]checkStands // since when
 	sinces         sinces
+	slept          time.Duration // as of the last look at it
 	device         probe.Device
 	offers         []repository.Offer
 	local          map[string]repository.Offer // installed from files with their own metadata
@@ -189,6 +192,9 @@ func New(o Options) (*Agent, error) {
 		return nil, err
 	}
 	a.loadPolicy()
+	if o.Slept != nil {
+		a.slept = o.Slept()
+	}
 	if f, ok := o.Backend.(target.Freezer); ok {
 		a.method = f.FreezeMethod()
 	}

@@ -51,6 +51,7 @@ func (a *Agent) act(ctx context.Context, forced string, progress progressFunc) {
 	}
 	a.begins = time.Now().Add(begin)
 	a.dirty = true // until a round finds nothing more to do
+	a.takeSleep()
 	a.guardTurn()
 	for range maxRounds {
 		if !a.round(ctx, forced, progress) {

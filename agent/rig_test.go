@@ -48,6 +48,7 @@ type rig struct {
 	keys       repository.Keys
 	boot       string
 	clock      atomic.Int64 // added to real time, nanoseconds
+	slept      atomic.Int64 // nanoseconds
 
 	mu    sync.Mutex
 	facts eligibility.Facts
@@ -175,7 +176,7 @@ func (r *rig) start() error {
 		backend = r.m
 	}
 	a, err := New(Options{
-		Config: r.cfg, Backend: backend, Boot: r.boot, Log: r.log(), Version: "test", Now: r.now,
+		Config: r.cfg, Backend: backend, Boot: r.boot, Log: r.log(), Version: "test", Now: r.now, Slept: func() time.Duration { return time.Duration(r.slept.Load()) },
 		Facts: func(context.Context) eligibility.Facts {
 			r.mu.Lock()
 			defer r.mu.Unlock()

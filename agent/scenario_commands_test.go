@@ -55,6 +55,7 @@ func init() {
 		"kill":   func(s *script, _ []string) error { return s.kill() },
 		"reboot": (*script).doReboot,
 		"clock":  (*script).doClock,  // DURATION forward
+		"sleep":  (*script).doSleep,  // DURATION, all of the machine
 		"disk":   (*script).doDisk,   // full | free
 		"fact":   (*script).doFact,   // CHECK [VALUE]
 		"policy": (*script).doPolicy, // SECTION | none
@@ -139,6 +140,13 @@ func (s *script) doReboot([]string) error {
 
 func (s *script) doClock(words []string) error {
 	d, err := time.ParseDuration(arg(words, 0))
+	s.clock.Add(int64(d))
+	return err
+}
+
+func (s *script) doSleep(words []string) error {
+	d, err := time.ParseDuration(arg(words, 0))
+	s.slept.Add(int64(d))
 	s.clock.Add(int64(d))
 	return err
 }

@@ -182,7 +182,7 @@ func newHeart(c *agent.Config, shown []control.Setting, trust []string, backend 
 	return agent.New(agent.Options{
 		Config: c, Backend: backend, Facts: facts, Log: log, Version: programVersion(), Ready: ready,
 		Device: func(f eligibility.Facts) probe.Device { return probe.Describe(f, id) },
-		Boot:   probe.BootID(), Management: management(), Settings: shown, SystemImage: probe.SystemImage, HostEvents: agent.WatchHost,
+		Boot:   probe.BootID(), Management: management(), Settings: shown, SystemImage: probe.SystemImage, HostEvents: agent.WatchHost, Slept: probe.Slept,
 		Hands: func(file string) error { return inOurHands(file, trust...) },
 	})
 }

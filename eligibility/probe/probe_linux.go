@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -42,6 +43,16 @@ func BootID() string {
 		return ""
 	}
 	return strings.TrimSpace(text)
+}
+
+// Slept is how long the system has been asleep since its start (clock_gettime(2):
+// CLOCK_MONOTONIC stands still meanwhile, CLOCK_BOOTTIME does not). It is never negative.
+func Slept() time.Duration {
+	var all, awake unix.Timespec
+	if unix.ClockGettime(unix.CLOCK_MONOTONIC, &awake) != nil || unix.ClockGettime(unix.CLOCK_BOOTTIME, &all) != nil {
+		return 0
+	}
+	return time.Duration(max(0, all.Nano()-awake.Nano()))
 }
 
 // SystemImage tells whether the system hotpatches the image of a file itself:

@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"runtime"
+	"time"
 
 	"hotpatchd/eligibility"
 )
@@ -31,6 +32,9 @@ const unsupported = "this build of hotpatchd reads no facts on " + runtime.GOOS
 
 // BootID names this boot of the system; "" where it cannot be told.
 func BootID() string { return "" }
+
+// Slept is not known here.
+func Slept() time.Duration { return 0 }
 
 // SystemImage tells whether the system hotpatches the image of a file itself:
 // only Windows does.

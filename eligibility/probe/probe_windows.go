@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/windows"
@@ -149,6 +150,22 @@ type timeOfDay struct {
 	boot, current, zoneBias int64
 	zoneID, reserved        uint32
 	bootBias, sleepBias     uint64
+}
+
+var queryUnbiasedInterruptTime = windows.NewLazySystemDLL("kernel32.dll").NewProc("QueryUnbiasedInterruptTime")
+
+// Slept is how long the system has been asleep since its start: GetTickCount64
+// counts sleep and hibernation, QueryUnbiasedInterruptTime, in 100 ns, does not.
+// It is never negative, and zero where that is not known.
+func Slept() time.Duration {
+	var awake uint64
+	if queryUnbiasedInterruptTime.Find() != nil {
+		return 0
+	}
+	if ok, _, _ := queryUnbiasedInterruptTime.Call(uintptr(unsafe.Pointer(&awake))); ok == 0 {
+		return 0
+	}
+	return max(0, windows.DurationSinceBoot()-time.Duration(awake)*100)
 }
 
 // BootID names this boot of the system: the moment of its start, as the clock
