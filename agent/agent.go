@@ -451,7 +451,7 @@ func (a *Agent) loadPolicy() {
 	}
 	if a.policy != nil {
 		a.log.Info("policy read", zap.String("file", p.File), zap.Bool("absent", p.Absent))
-		text := "the policy was read anew"
+		text := "the policy was read anew" + changedSettings(a.shownPolicy, shown)
 		if at, ok := a.sinces.at[sincePolicy]; ok && a.policyErr != nil {
 			text += ", after it was refused for " + control.Span(a.o.Now().Sub(at))
 		}

@@ -291,6 +291,31 @@ func (a *Agent) noticeConfiguration() {
 	}
 }
 
+// maxSettingText bounds what the history keeps of one value, bytes: lists of a
+// thousand entries are in the file.
+const maxSettingText = 120
+
+// changedSettings tells which settings differ, and what they are now; "" if none
+// does: words between the settings may have changed, or where they come from.
+func changedSettings(was, is []control.Setting) string {
+	var out []string
+	for _, s := range is {
+		i := slices.IndexFunc(was, func(w control.Setting) bool { return w.Key == s.Key })
+		if i >= 0 && was[i].Value == s.Value {
+			continue
+		}
+		value := s.Value
+		if len(value) > maxSettingText {
+			value = strings.ToValidUTF8(value[:maxSettingText], "") + "…"
+		}
+		out = append(out, s.Key+" = "+value)
+	}
+	if len(out) == 0 {
+		return ""
+	}
+	return ": " + strings.Join(out, ", ")
+}
+
 // Policy answers with every setting of policy and configuration, and where each comes from.
 func (a *Agent) Policy(ctx context.Context, _ control.Caller) (*control.Settings, error) {
 	var out *control.Settings
