@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -113,12 +114,18 @@ func (r fleetReport) verdict() error {
 	switch {
 	case r.Targeted == 0: // of nobody nothing is known
 		return exitIncomplete
-	case r.NotReporting+r.Pending+r.Incomplete+r.Restart > 0:
+	case r.NotReporting+r.Pending+r.Incomplete+r.Restart > 0, r.nobody():
 		return exitIncomplete
 	case r.NotEligible > 0:
 		return exitNotEligible
 	}
 	return nil
+}
+
+// nobody: the release that was asked for is in force on no device that reports. It
+// may be a slip of the pen, and nothing is known of it either way.
+func (r fleetReport) nobody() bool {
+	return r.Release != "" && !slices.ContainsFunc(r.Releases, func(c counted) bool { return c.ID == r.Release })
 }
 
 // readInventory reads ids and names; an id that stands there twice is a mistake
@@ -270,6 +277,9 @@ func printFleet(out, errOut io.Writer, r fleetReport, inventory string, silent t
 	line("    pending", r.Pending, "")
 	line("    incomplete", r.Incomplete, "")
 	line("    restart", r.Restart, "fell back to a restart")
+	if r.nobody() {
+		fmt.Fprintf(w, "not known\t\t%s is in force on no device that reports\n", r.Release)
+	}
 	if r.RestartDue > 0 {
 		line("restart due", r.RestartDue, "no image is open on them; staged files take effect at a restart")
 	}

@@ -166,6 +166,12 @@ func TestFleetExitCodes(t *testing.T) {
 		if _, code := fleetJSON(t, dir); code != want {
 			t.Errorf("exit %d, want %d", code, want)
 		}
+		if want == 0 { // all is well, but for what nobody has
+			var out, errOut bytes.Buffer
+			if code := run([]string{"fleet", "--release", "NOPE", dir}, &out, &errOut); code != 4 || !strings.Contains(out.String(), "NOPE is in force on no device that reports") {
+				t.Errorf("exit %d\n%s%s", code, out.String(), errOut.String())
+			}
+		}
 	}
 	dir := t.TempDir()
 	write := func(name, text string) string {
