@@ -49,7 +49,7 @@ func (a *Agent) attention(v View, w wishes, s *snapshot, holds []control.Hold) [
 		if a.policy == nil {
 			text = "the policy was refused, and there was none before: the device is not enrolled"
 		}
-		add("policy", control.SeverityError, text, "mend "+a.policyFault()+" (hotpatch policy shows the place)", now, public)
+		add("policy", control.SeverityError, text, "mend "+a.policyFault()+" (hotpatch policy shows the place, or hotpatchd check-config)", now, public)
 		out[len(out)-1].About = sincePolicy
 	}
 	a.attendRepository(v.Now, add)

@@ -255,7 +255,7 @@ func (a *Agent) showEligibility() control.Eligibility {
 			Found: c.Found, Source: c.Source, Remedy: c.Remedy, Since: control.At(a.requirements[c.ID].Since)}
 		if a.policyErr != nil && a.policy != nil && c.Source == a.policyPlace() {
 			x.Found += "; that is its last good state, which counts: it is refused as it stands now"
-			x.Remedy = "mend " + a.policyFault() + " (hotpatch policy shows the place)"
+			x.Remedy = "mend " + a.policyFault() + " (hotpatch policy shows the place, or hotpatchd check-config)"
 		}
 		doc.Checks = append(doc.Checks, x)
 	}

@@ -66,7 +66,7 @@ func storyScreens(s *screen) map[string]string {
 		At: in(4 * time.Minute), WaitsFor: control.WaitsForNetwork})
 	add("policy", func(st *control.Status) {
 		st.Attention = []control.Attention{{Code: "policy", Severity: control.SeverityError, Text: "the policy was refused, the last good one stays in force", Since: ago(2 * time.Hour),
-			Remedy: "mend /etc/hotpatchd/policy.toml:5:1: x: no such key (hotpatch policy shows the place)"}}
+			Remedy: "mend /etc/hotpatchd/policy.toml:5:1: x: no such key (hotpatch policy shows the place, or hotpatchd check-config)"}}
 	}, control.Chapter{Code: "policy", What: "the policy is refused", Since: ago(2 * time.Hour), Next: "the last good one, in force since 2026-10-13T12:00:00Z, stays; the file is read again when it changes",
 		WaitsFor: control.WaitsForPolicy}, polled())
 	add("hours", func(st *control.Status) {
