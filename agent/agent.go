@@ -152,6 +152,9 @@ type Agent struct {
 	shown   atomic.Pointer[snapshot]
 	hub     hub
 	checkMu sync.Mutex // one refresh at a time
+	checks  uint64     // that ended, imports too; under checkMu
+
+	tookCheck uint64 // the newest of them that the loop has taken in
 }
 
 const (

@@ -49,18 +49,25 @@ func (a *Agent) takeFile(ctx context.Context, c control.Caller, r control.Instal
 		cat, held, err = a.client.ImportFile(r.Metadata, r.File)
 	}
 	floors := a.client.Floors()
+	a.checks++
+	n := a.checks
 	a.checkMu.Unlock()
 	var serr error
 	cerr := a.call(ctx, func() {
+		newest := a.newest(n)
 		if err != nil { // what verified before it was refused counts all the same
-			serr = a.update(func(tx *store.Tx) error { return setting(tx, settingFloors, floors) })
+			if newest {
+				serr = a.update(func(tx *store.Tx) error { return setting(tx, settingFloors, floors) })
+			}
 			return
 		}
-		if serr = a.asked(floors, false); serr != nil {
-			return
+		if newest {
+			if serr = a.asked(floors, false); serr != nil {
+				return
+			}
+			a.checkedAt = a.o.Now()
+			a.take(cat)
 		}
-		a.checkedAt = a.o.Now()
-		a.take(cat)
 		serr = a.update(func(tx *store.Tx) error {
 			_, err := tx.Append(stamped(control.HistoryEntry{Action: "import", Text: "metadata and releases came as a file: " + idsOf(held)}, c, a))
 			return err

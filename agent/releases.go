@@ -130,36 +130,55 @@ func (a *Agent) refresh(ctx context.Context) error {
 	a.checkMu.Lock()
 	cat, err := a.client.Refresh(ctx)
 	floors := a.client.Floors()
+	a.checks++
+	n := a.checks
 	a.checkMu.Unlock()
-	cerr := a.call(ctx, func() {
-		defer func() {
-			if serr := a.asked(floors, err != nil); serr != nil {
-				a.log.Error("cannot keep the repository's versions", zap.Error(serr))
-			}
-		}()
-		a.dirty = true
-		if err != nil {
-			now := a.repositoryError(err)
-			if a.fail(now) {
-				a.log.Warn("repository check failed", zap.String("code", now.Code), zap.Error(err))
-				a.history(own, control.HistoryEntry{Action: "check-failed", Text: now.Text})
-			}
-			a.hub.send(control.Event{Type: control.EventRepository, Text: "repository: " + now.Text, Scope: control.Scope{Public: true}})
-		} else {
-			a.checkedAt = a.o.Now()
-			a.succeeded(cat)
-			text := fmt.Sprintf("repository: checked, %s, good until %s", counted(len(cat.Offers), "release", "releases"), stamp(cat.Expires))
-			if cat.Doubt != nil {
-				text = "repository: " + a.repoErr.Text
-			}
-			a.hub.send(control.Event{Type: control.EventRepository, Text: text, Scope: control.Scope{Public: true}})
-		}
-		a.Wake()
-	})
+	cerr := a.call(ctx, func() { a.takeCheck(n, cat, floors, err) })
 	if err != nil {
 		return err
 	}
 	return cerr
+}
+
+// newest tells whether the nth check, or import, is not older than what the loop
+// has taken in, and notes it. Two that end together may come to the loop in the other
+// order: an older catalog, and its floors, must never replace newer ones.
+func (a *Agent) newest(n uint64) bool {
+	if n < a.tookCheck {
+		return false
+	}
+	a.tookCheck = n
+	return true
+}
+
+// takeCheck takes in how the nth check ended. It belongs to the loop.
+func (a *Agent) takeCheck(n uint64, cat *repository.Catalog, floors repository.Floors, err error) {
+	if !a.newest(n) {
+		return
+	}
+	defer func() {
+		if serr := a.asked(floors, err != nil); serr != nil {
+			a.log.Error("cannot keep the repository's versions", zap.Error(serr))
+		}
+	}()
+	a.dirty = true
+	if err != nil {
+		now := a.repositoryError(err)
+		if a.fail(now) {
+			a.log.Warn("repository check failed", zap.String("code", now.Code), zap.Error(err))
+			a.history(own, control.HistoryEntry{Action: "check-failed", Text: now.Text})
+		}
+		a.hub.send(control.Event{Type: control.EventRepository, Text: "repository: " + now.Text, Scope: control.Scope{Public: true}})
+	} else {
+		a.checkedAt = a.o.Now()
+		a.succeeded(cat)
+		text := fmt.Sprintf("repository: checked, %s, good until %s", counted(len(cat.Offers), "release", "releases"), stamp(cat.Expires))
+		if cat.Doubt != nil {
+			text = "repository: " + a.repoErr.Text
+		}
+		a.hub.send(control.Event{Type: control.EventRepository, Text: text, Scope: control.Scope{Public: true}})
+	}
+	a.Wake()
 }
 
 // load fetches, verifies and reads one release. It runs outside the loop.
