@@ -152,11 +152,6 @@ func (a *Agent) showBaseline() control.Baseline {
 	return out
 }
 
-// isStaged: the files of a release wait for the next restart.
-func (a *Agent) isStaged(id string) bool {
-	return a.bases.area != nil && slices.ContainsFunc(a.bases.area.Records(), func(r baseline.Record) bool { return r.Release == id && r.Phase == baseline.Staged })
-}
-
 // showBaselineOffer tells of a baseline in the list of what is offered.
 func (a *Agent) showBaselineOffer(o repository.Offer, v View, w wishes) (r reason, inForce, ok bool) {
 	if a.bases.standing[o.Product].ID == o.ID {
@@ -169,7 +164,7 @@ func (a *Agent) showBaselineOffer(o repository.Offer, v View, w wishes) (r reaso
 	if refused := a.bases.refused[o.ID].why; refused.Code != "" {
 		return refused, false, false
 	}
-	if a.isStaged(o.ID) {
+	if a.setOf(o.ID).Phase == baseline.Staged {
 		return because("staged", "it is staged: it takes effect at the next restart of the device"), false, true
 	}
 	if a.bases.area != nil {

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"time"
 
+	"hotpatchd/agent/baseline"
 	"hotpatchd/agent/control"
 	"hotpatchd/agent/release"
 	"hotpatchd/agent/repository"
@@ -223,7 +224,7 @@ func (a *Agent) showOffers(v View, w wishes) control.Offers {
 			continue
 		}
 		r, ok := fits(o, d)
-		if r.Code == "baseline" && a.isStaged(o.Baseline) {
+		if r.Code == "baseline" && a.setOf(o.Baseline).Phase == baseline.Staged {
 			r.Text = fmt.Sprintf("it needs the baseline %s, which is staged: it comes after the next restart of the device", o.Baseline)
 		}
 		if ok {
